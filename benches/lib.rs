@@ -1,0 +1,1 @@
+//! Helpers shared by the benches, which stand beside this file.

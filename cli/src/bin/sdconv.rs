@@ -1,0 +1,2 @@
+//! `sdconv`: packs a checkpoint into a `.sdq` file.
+fn main() {}

@@ -1,0 +1,2 @@
+//! `sdfast`: makes pictures from a `.sdq` file.
+fn main() {}

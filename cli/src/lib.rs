@@ -1,0 +1,1 @@
+//! The command lines of `sdfast` and `sdconv`: arguments, progress, messages, exit codes.

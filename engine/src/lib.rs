@@ -1,0 +1,1 @@
+//! The model file, the networks, the plan, and the road from a prompt to pixels.

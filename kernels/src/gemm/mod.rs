@@ -1,0 +1,99 @@
+//! Linear layers and convolutions: operand rows times encoded weight panels, with an epilogue.
+
+use crate::layout::Weight;
+use crate::view::{ImageShape, Operand, Rows, RowsMut};
+use crate::{Isa, Workers};
+
+/// What happens to a finished tile while it is in L1, in this order:
+/// `y = activation(acc + bias[n] + image_bias[image, n])`, `y += residual[m, n]`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Epilogue<'a> {
+    /// `[n]`.
+    pub bias: Option<&'a [f32]>,
+    /// `[batch, n]`, added to all pixels of an image: the time embedding of a residual block.
+    pub image_bias: Option<&'a [f32]>,
+    /// Applied before the residual.
+    pub activation: Activation,
+    /// `[m, n_out]`, row stride `n_out`, added last.
+    pub residual: Option<Rows<'a>>,
+}
+
+/// An activation function in an epilogue or a pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// `x`.
+    #[default]
+    None,
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// `x * Phi(x)`, with the exact error function.
+    Gelu,
+    /// `0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`.
+    GeluTanh,
+    /// `x * sigmoid(1.702 x)`.
+    QuickGelu,
+    /// `value * gelu(gate)`: panels alternate, 16 outputs of value and then the 16 outputs of their gate, and half as many
+    /// columns come out. Only in an epilogue.
+    Geglu,
+}
+
+impl Activation {
+    /// Columns that come out of `n` columns.
+    pub const fn columns(self, n: usize) -> usize {
+        if matches!(self, Activation::Geglu) { n / 2 } else { n }
+    }
+}
+
+/// How output pixels map to input pixels. A linear layer is `Filter::POINT` over `ImageShape::rows(m)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Filter {
+    /// Filter height.
+    pub kh: usize,
+    /// Filter width.
+    pub kw: usize,
+    /// 1 or 2, both ways.
+    pub stride: usize,
+    /// The input is read as if each pixel (border excluded) were 2 x 2 pixels: nearest upsampling folded into a 3 x 3
+    /// convolution of stride 1 whose input has a border of 1.
+    pub upsample: bool,
+}
+
+impl Filter {
+    /// 1 x 1.
+    pub const POINT: Filter = Filter { kh: 1, kw: 1, stride: 1, upsample: false };
+
+    /// Height and width of the output for an input with its border.
+    pub const fn output(&self, input: &ImageShape) -> (usize, usize) {
+        if self.upsample {
+            (2 * input.h, 2 * input.w)
+        } else {
+            ((input.full_h() - self.kh) / self.stride + 1, (input.full_w() - self.kw) / self.stride + 1)
+        }
+    }
+}
+
+/// One call: `out[m, n] = epilogue(sum over taps and k of operand * weight)`, `m = batch * out_h * out_w`.
+#[derive(Debug)]
+pub struct Gemm<'a> {
+    /// Rows of `weight.shape.k_padded()` elements. `U8` wants an integer encoding.
+    pub operand: Operand<'a>,
+    /// The operand's pixels.
+    pub input: ImageShape,
+    /// Taps of the weight: `kh * kw`.
+    pub filter: Filter,
+    /// `[n, taps * k]`.
+    pub weight: Weight<'a>,
+    /// Applied to finished tiles.
+    pub epilogue: Epilogue<'a>,
+    /// `[m, columns]`, row stride `columns = epilogue.activation.columns(n)`.
+    pub out: RowsMut<'a>,
+}
+
+/// Runs `call` with the kernel that [`Isa`] `isa` offers for its operand and weight.
+///
+/// # Panics
+/// Where shapes don't agree.
+pub fn gemm(workers: &Workers, isa: Isa, call: Gemm<'_>) {
+    let _ = (workers, isa, call);
+    unimplemented!()
+}

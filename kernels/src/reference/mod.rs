@@ -1,0 +1,1 @@
+//! Naive versions of every operation. They read like the formula, and are what the tests compare with.

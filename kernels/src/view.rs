@@ -1,0 +1,109 @@
+//! Borrowed tensors. All are row-major: `[rows, cols]` with a row stride in elements.
+#![forbid(unsafe_code)]
+
+use crate::bf16;
+
+/// Rows of f32 or bf16 numbers: what layers hand to each other.
+#[derive(Clone, Copy, Debug)]
+pub enum Rows<'a> {
+    /// f32.
+    F32(&'a [f32]),
+    /// bfloat16.
+    Bf16(&'a [bf16]),
+}
+
+/// Rows to be written.
+#[derive(Debug)]
+pub enum RowsMut<'a> {
+    /// f32.
+    F32(&'a mut [f32]),
+    /// bfloat16.
+    Bf16(&'a mut [bf16]),
+}
+
+/// The left operand of a GEMM: rows of `stride` elements, a multiple of 64, of which the first `k` are the row and the
+/// rest are zero (code 128 in `U8`). For a convolution a row is a pixel, and the pixels around the border are rows too.
+#[derive(Clone, Copy, Debug)]
+pub enum Operand<'a> {
+    /// 8-bit rows: an element is `(code - 128) * scale[row]`, codes 1 to 255.
+    U8 {
+        /// `[rows, stride]`.
+        codes: &'a [u8],
+        /// `[rows]`.
+        scale: &'a [f32],
+    },
+    /// bfloat16 rows `[rows, stride]`.
+    Bf16(&'a [bf16]),
+    /// f32 rows `[rows, stride]`.
+    F32(&'a [f32]),
+}
+
+/// An operand to be written by a pass.
+#[derive(Debug)]
+pub enum OperandMut<'a> {
+    /// See [`Operand::U8`].
+    U8 {
+        /// `[rows, stride]`.
+        codes: &'a mut [u8],
+        /// `[rows]`.
+        scale: &'a mut [f32],
+    },
+    /// See [`Operand::Bf16`].
+    Bf16(&'a mut [bf16]),
+    /// See [`Operand::F32`].
+    F32(&'a mut [f32]),
+}
+
+/// Rows of an operand that stand for an image with a border of zeros around it, so that a filter may step over the edge:
+/// `[batch, top + h + bottom, left + w + right]` pixels.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Border {
+    /// Rows of zeros above.
+    pub top: usize,
+    /// Columns of zeros on the left.
+    pub left: usize,
+    /// Rows of zeros below.
+    pub bottom: usize,
+    /// Columns of zeros on the right.
+    pub right: usize,
+}
+
+/// `batch` images of `h * w` pixels, with a border. A list of `m` rows is the image `1 x 1 x m` with no border.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ImageShape {
+    /// Images.
+    pub batch: usize,
+    /// Rows of pixels, without the border.
+    pub h: usize,
+    /// Columns of pixels, without the border.
+    pub w: usize,
+    /// The border of zeros.
+    pub border: Border,
+}
+
+impl ImageShape {
+    /// `m` rows, no border.
+    pub const fn rows(m: usize) -> Self {
+        ImageShape { batch: 1, h: 1, w: m, border: Border { top: 0, left: 0, bottom: 0, right: 0 } }
+    }
+
+    /// Pixels of all images without the border.
+    pub const fn pixels(&self) -> usize {
+        self.batch * self.h * self.w
+    }
+
+    /// Height with the border.
+    pub const fn full_h(&self) -> usize {
+        self.border.top + self.h + self.border.bottom
+    }
+
+    /// Width with the border.
+    pub const fn full_w(&self) -> usize {
+        self.border.left + self.w + self.border.right
+    }
+
+    /// Rows of the operand, border included.
+    pub const fn operand_rows(&self) -> usize {
+        self.batch * self.full_h() * self.full_w()
+    }
+}
