@@ -1,1 +1,4 @@
 //! The model file, the networks, the plan, and the road from a prompt to pixels.
+
+pub mod card;
+pub mod graph;
