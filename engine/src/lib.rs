@@ -1,4 +1,10 @@
 //! The model file, the networks, the plan, and the road from a prompt to pixels.
 
 pub mod card;
+pub mod error;
 pub mod graph;
+pub mod pipeline;
+pub mod precision;
+pub mod sampler;
+
+pub use error::{Error, Result};
