@@ -3,6 +3,7 @@
 pub mod card;
 pub mod error;
 pub mod graph;
+pub mod models;
 pub mod pipeline;
 pub mod precision;
 pub mod sampler;

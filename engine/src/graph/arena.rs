@@ -99,10 +99,7 @@ impl Arena {
         // SAFETY: in bounds (checked) of a private writable mapping that lives as long as `self`, and not aliased: the
         // caller's contract.
         let bytes = unsafe {
-            std::slice::from_raw_parts_mut(
-                self.memory.as_ptr().cast_mut().add(region.offset),
-                region.bytes,
-            )
+            std::slice::from_raw_parts_mut(self.memory.as_ptr().cast_mut().add(region.offset), region.bytes)
         };
         bytemuck::cast_slice_mut(bytes)
     }
@@ -133,7 +130,9 @@ mod tests {
                 for (j, b) in lives.iter().enumerate().skip(i + 1) {
                     let together = a.first <= b.last && b.first <= a.last;
                     let (r, s) = (regions[i].range(), regions[j].range());
-                    assert!(!together || r.is_empty() || s.is_empty() || r.end <= s.start || s.end <= r.start);
+                    assert!(
+                        !together || r.is_empty() || s.is_empty() || r.end <= s.start || s.end <= r.start
+                    );
                 }
             }
             let floor = (0..40)

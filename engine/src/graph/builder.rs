@@ -49,7 +49,10 @@ pub(super) struct Value {
 #[derive(Clone, Debug)]
 pub(super) enum Node {
     /// Written by the caller before the run or the step, as f32 (`ids`: as u32).
-    Input { name: String, ids: bool },
+    Input {
+        name: String,
+        ids: bool,
+    },
     /// A linear layer or a convolution.
     Gemm {
         x: Tensor,
@@ -61,16 +64,46 @@ pub(super) enum Node {
         activation: Activation,
         residual: Option<Tensor>,
     },
-    GroupNorm { x: Tensor, gamma: usize, beta: usize, groups: usize, eps: f32, activation: Activation },
-    LayerNorm { x: Tensor, gamma: usize, beta: usize, eps: f32 },
-    Activate { x: Tensor, activation: Activation },
+    GroupNorm {
+        x: Tensor,
+        gamma: usize,
+        beta: usize,
+        groups: usize,
+        eps: f32,
+        activation: Activation,
+    },
+    LayerNorm {
+        x: Tensor,
+        gamma: usize,
+        beta: usize,
+        eps: f32,
+    },
+    Activate {
+        x: Tensor,
+        activation: Activation,
+    },
     /// Columns of `a`, then columns of `b`; never in memory.
-    Concat { a: Tensor, b: Tensor },
-    Attention { q: Tensor, k: Tensor, v: Tensor, heads: usize, causal: bool },
+    Concat {
+        a: Tensor,
+        b: Tensor,
+    },
+    Attention {
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: usize,
+        causal: bool,
+    },
     /// `table[ids] + positions`.
-    Lookup { ids: Tensor, table: usize, positions: usize },
+    Lookup {
+        ids: Tensor,
+        table: usize,
+        positions: usize,
+    },
     /// Nearest neighbour: twice the size, less a last row or column where `dims` says so.
-    Resize { x: Tensor },
+    Resize {
+        x: Tensor,
+    },
 }
 
 impl Node {
@@ -235,7 +268,14 @@ impl Builder {
     }
 
     /// Group normalization over each image, then `activation`.
-    pub fn group_norm(&mut self, x: Tensor, leaf: &str, groups: usize, eps: f32, activation: Activation) -> Tensor {
+    pub fn group_norm(
+        &mut self,
+        x: Tensor,
+        leaf: &str,
+        groups: usize,
+        eps: f32,
+        activation: Activation,
+    ) -> Tensor {
         let c = self.channels(x);
         let (gamma, beta) = self.affine(leaf, c);
         let path = self.name(leaf);
@@ -280,14 +320,25 @@ impl Builder {
     pub fn attention(&mut self, q: Tensor, k: Tensor, v: Tensor, heads: usize, causal: bool) -> Tensor {
         let (c, dims) = (self.channels(q), self.dims(q));
         assert!(c.is_multiple_of(heads), "{c} channels, {heads} heads in {}", self.name(""));
-        assert_eq!((self.dims(k), self.channels(k)), (self.dims(v), c), "keys and values in {}", self.name(""));
+        assert_eq!(
+            (self.dims(k), self.channels(k)),
+            (self.dims(v), c),
+            "keys and values in {}",
+            self.name("")
+        );
         assert_eq!(self.dims(k).batch, dims.batch, "sequences in {}", self.name(""));
         let path = self.name("attention");
         self.push(Node::Attention { q, k, v, heads, causal }, dims, c, path)
     }
 
     /// `table[ids] + positions`: rows of width `c`.
-    pub fn lookup(&mut self, ids: Tensor, table: (&str, usize), positions: (&str, usize), c: usize) -> Tensor {
+    pub fn lookup(
+        &mut self,
+        ids: Tensor,
+        table: (&str, usize),
+        positions: (&str, usize),
+        c: usize,
+    ) -> Tensor {
         let kind = |rows| WeightKind::Table { rows, cols: c };
         let t = self.weight(table.0, kind(table.1), Role::Table);
         let p = self.weight(positions.0, kind(positions.1), Role::Table);
@@ -390,7 +441,8 @@ impl GemmBuilder<'_> {
 
     /// Into the network.
     pub fn build(self) -> Tensor {
-        let GemmBuilder { b, x, leaf, n, role, filter, border, bias, image_bias, activation, residual } = self;
+        let GemmBuilder { b, x, leaf, n, role, filter, border, bias, image_bias, activation, residual } =
+            self;
         let dims = b.dims(x);
         let input = kernels::view::ImageShape { batch: dims.batch, h: dims.h, w: dims.w, border };
         let (h, w) = filter.output(&input);

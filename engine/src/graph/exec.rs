@@ -8,7 +8,9 @@ use kernels::view::{Operand, OperandMut, Rows, RowsMut};
 use kernels::{Isa, Workers, bf16, f16};
 
 use super::arena::{Arena, Region};
-use super::lower::{Buf, NormSpec, Op, OperandBuf, OperandKind, PassOut, Plan, RowsBuf, RowsKind, SourceBufs, Step};
+use super::lower::{
+    Buf, NormSpec, Op, OperandBuf, OperandKind, PassOut, Plan, RowsBuf, RowsKind, SourceBufs, Step,
+};
 
 /// The caller asked to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -250,7 +252,9 @@ impl<'a> Session<'a> {
                 }
             }
             Op::Resize { x, from, to, out } => match x.kind {
-                RowsKind::F32 => resize::<f32>(self.read(x.buf, bank), from, self.write(out.buf, bank), to, x.c),
+                RowsKind::F32 => {
+                    resize::<f32>(self.read(x.buf, bank), from, self.write(out.buf, bank), to, x.c)
+                }
                 RowsKind::Bf16 => {
                     resize::<bf16>(self.read(x.buf, bank), from, self.write(out.buf, bank), to, x.c);
                 }

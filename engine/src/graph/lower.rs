@@ -92,8 +92,20 @@ pub(super) enum Op {
         residual: Option<RowsBuf>,
         out: RowsBuf,
     },
-    GroupStats { source: SourceBufs, image: ImageShape, groups: usize, eps: f32, stats: Buf },
-    Pass { source: SourceBufs, image: ImageShape, norm: NormSpec, activation: Activation, out: PassOut },
+    GroupStats {
+        source: SourceBufs,
+        image: ImageShape,
+        groups: usize,
+        eps: f32,
+        stats: Buf,
+    },
+    Pass {
+        source: SourceBufs,
+        image: ImageShape,
+        norm: NormSpec,
+        activation: Activation,
+        out: PassOut,
+    },
     Attention {
         shape: AttentionShape,
         q: RowsBuf,
@@ -104,8 +116,18 @@ pub(super) enum Op {
         workspace: Buf,
         out: RowsBuf,
     },
-    Lookup { ids: Buf, table: usize, positions: usize, out: RowsBuf },
-    Resize { x: RowsBuf, from: Dims, to: Dims, out: RowsBuf },
+    Lookup {
+        ids: Buf,
+        table: usize,
+        positions: usize,
+        out: RowsBuf,
+    },
+    Resize {
+        x: RowsBuf,
+        from: Dims,
+        to: Dims,
+        out: RowsBuf,
+    },
 }
 
 /// One operation of a plan.
@@ -380,7 +402,9 @@ impl Lowering<'_> {
                 kind,
                 stride,
             },
-            OperandKind::Bf16 => OperandBuf { buf: self.buffer(rows * stride * 2), scale: None, kind, stride },
+            OperandKind::Bf16 => {
+                OperandBuf { buf: self.buffer(rows * stride * 2), scale: None, kind, stride }
+            }
             OperandKind::F32 => OperandBuf { buf: self.buffer(rows * stride * 4), scale: None, kind, stride },
         };
         self.step(t, Op::Pass { source, image, norm, activation, out: PassOut::Operand(out) }, weights);
@@ -406,19 +430,16 @@ impl Lowering<'_> {
                 inputs.push((name, rows));
             }
             // Made by the pass of whoever reads them.
-            Node::GroupNorm { .. }
-            | Node::LayerNorm { .. }
-            | Node::Activate { .. }
-            | Node::Concat { .. } => {}
+            Node::GroupNorm { .. } | Node::LayerNorm { .. } | Node::Activate { .. } | Node::Concat { .. } => {
+            }
             Node::Gemm { x, weight, bias, filter, border, image_bias, activation, residual } => {
                 let operand = self.operand_of(x, self.operand_kind(weight), border);
                 let image_bias = image_bias.map(|t| self.rows_of(t).buf);
                 let residual = residual.map(|t| self.rows_of(t));
                 let out = self.new_rows(t, self.rows_kind(t));
                 let input = self.image(x, border);
-                let op = Op::Gemm {
-                    operand, input, filter, weight, bias, image_bias, activation, residual, out,
-                };
+                let op =
+                    Op::Gemm { operand, input, filter, weight, bias, image_bias, activation, residual, out };
                 let weights = [Some(weight), bias].into_iter().flatten().collect();
                 self.step(t, op, weights);
             }
