@@ -233,3 +233,166 @@ pub struct Provenance {
     /// `--quant` it was written with.
     pub quant: String,
 }
+
+/// What a card may say at most, so that a hostile one can ask for nothing absurd.
+mod limit {
+    pub(super) const CHANNELS: usize = 1 << 16;
+    pub(super) const LEVELS: usize = 8;
+    pub(super) const BLOCKS: usize = 16;
+    pub(super) const LAYERS: usize = 128;
+    pub(super) const VOCABULARY: usize = 1 << 20;
+    pub(super) const TOKENS: usize = 4096;
+    pub(super) const PIXELS: usize = 1 << 14;
+    pub(super) const STEPS: usize = 10_000;
+    pub(super) const TEXT: usize = 256;
+}
+
+impl Card {
+    /// Whether the networks it describes can be built; if not, what is wrong.
+    pub fn check(&self) -> Result<(), String> {
+        inside("text encoders", self.text_encoders.len(), 1, 2)?;
+        self.text_encoders.iter().try_for_each(ClipConfig::check)?;
+        self.unet.check()?;
+        self.vae.check()?;
+        self.schedule.check()?;
+        let width: usize = self.text_encoders.iter().map(|t| t.hidden_size).sum();
+        if width != self.unet.cross_attention_dim {
+            let wanted = self.unet.cross_attention_dim;
+            return Err(format!("the text encoders are {width} wide, the UNet wants {wanted}"));
+        }
+        if self.unet.out_channels != self.vae.latent_channels
+            || self.unet.in_channels < self.unet.out_channels
+        {
+            return Err(format!(
+                "a UNet from {} to {} channels and a VAE of {}",
+                self.unet.in_channels, self.unet.out_channels, self.vae.latent_channels
+            ));
+        }
+        let Defaults { width, height, steps, guidance_scale, sampler } = &self.defaults;
+        for pixels in [*width, *height] {
+            inside("pixels", pixels, self.vae.factor(), limit::PIXELS)?;
+            divides("pixels", pixels, self.vae.factor())?;
+        }
+        inside("steps", *steps, 1, limit::STEPS)?;
+        finite("guidance_scale", f64::from(*guidance_scale))?;
+        for text in [sampler, &self.provenance.converter, &self.provenance.quant] {
+            inside("characters of a name", text.len(), 0, limit::TEXT)?;
+        }
+        Ok(())
+    }
+}
+
+impl ClipConfig {
+    fn check(&self) -> Result<(), String> {
+        inside("vocab_size", self.vocab_size, 1, limit::VOCABULARY)?;
+        inside("hidden_size", self.hidden_size, 1, limit::CHANNELS)?;
+        inside("intermediate_size", self.intermediate_size, 1, limit::CHANNELS)?;
+        inside("num_hidden_layers", self.num_hidden_layers, 1, limit::LAYERS)?;
+        inside("num_attention_heads", self.num_attention_heads, 1, self.hidden_size)?;
+        divides("hidden_size", self.hidden_size, self.num_attention_heads)?;
+        inside("max_position_embeddings", self.max_position_embeddings, 2, limit::TOKENS)?;
+        inside("output_layer", self.output_layer, 1, self.num_hidden_layers)?;
+        inside("projection_dim", self.projection_dim.unwrap_or(1), 1, limit::CHANNELS)?;
+        for token in [self.bos_token_id, self.eos_token_id, self.pad_token_id] {
+            inside("a token", token as usize, 0, self.vocab_size - 1)?;
+        }
+        positive("layer_norm_eps", f64::from(self.layer_norm_eps))
+    }
+}
+
+impl UnetConfig {
+    fn check(&self) -> Result<(), String> {
+        let levels = self.block_out_channels.len();
+        inside("levels of the UNet", levels, 1, limit::LEVELS)?;
+        inside("in_channels", self.in_channels, 1, limit::CHANNELS)?;
+        inside("out_channels", self.out_channels, 1, limit::CHANNELS)?;
+        inside("cross_attention_dim", self.cross_attention_dim, 1, limit::CHANNELS)?;
+        channels(&self.block_out_channels, self.norm_num_groups)?;
+        for len in [self.down_layers.len(), self.up_layers.len(), self.num_attention_heads.len()] {
+            inside("levels of a list", len, levels, levels)?;
+        }
+        for (level, down) in self.down_layers.iter().enumerate() {
+            let up = &self.up_layers[levels - 1 - level];
+            inside("residual blocks", down.len(), 1, limit::BLOCKS)?;
+            inside("residual blocks on the way up", up.len(), down.len() + 1, down.len() + 1)?;
+            for &layers in down.iter().chain(up) {
+                inside("transformer layers", layers, 0, limit::LAYERS)?;
+            }
+        }
+        inside("transformer layers", self.mid_layers.unwrap_or(0), 0, limit::LAYERS)?;
+        for (&width, &heads) in self.block_out_channels.iter().zip(&self.num_attention_heads) {
+            inside("num_attention_heads", heads, 1, width)?;
+            divides("channels", width, heads)?;
+        }
+        if let Some(embed) = self.addition_embed {
+            inside("addition time_embed_dim", embed.time_embed_dim, 2, limit::CHANNELS)?;
+            divides("addition time_embed_dim", embed.time_embed_dim, 2)?;
+            inside(
+                "projection_input_dim",
+                embed.projection_input_dim,
+                embed.time_embed_dim,
+                limit::CHANNELS,
+            )?;
+        }
+        divides("channels of the first level", self.block_out_channels[0], 2)?;
+        let guidance = self.time_cond_proj_dim.unwrap_or(2);
+        inside("time_cond_proj_dim", guidance, 2, limit::CHANNELS)?;
+        divides("time_cond_proj_dim", guidance, 2)
+    }
+}
+
+impl VaeConfig {
+    fn check(&self) -> Result<(), String> {
+        inside("levels of the VAE", self.block_out_channels.len(), 1, limit::LEVELS)?;
+        inside("in_channels", self.in_channels, 1, limit::CHANNELS)?;
+        inside("out_channels", self.out_channels, 1, limit::CHANNELS)?;
+        inside("latent_channels", self.latent_channels, 1, limit::CHANNELS / 2)?;
+        inside("layers_per_block", self.layers_per_block, 1, limit::BLOCKS)?;
+        channels(&self.block_out_channels, self.norm_num_groups)?;
+        positive("scaling_factor", f64::from(self.scaling_factor))?;
+        finite("shift_factor", f64::from(self.shift_factor))
+    }
+}
+
+impl ScheduleConfig {
+    fn check(&self) -> Result<(), String> {
+        inside("num_train_timesteps", self.num_train_timesteps, 1, limit::STEPS)?;
+        inside("steps_offset", self.steps_offset, 0, self.num_train_timesteps)?;
+        positive("beta_start", self.beta_start)?;
+        if self.beta_start <= self.beta_end && self.beta_end < 1.0 {
+            return Ok(());
+        }
+        Err(format!("betas from {} to {}", self.beta_start, self.beta_end))
+    }
+}
+
+fn channels(widths: &[usize], groups: usize) -> Result<(), String> {
+    widths.iter().try_for_each(|&width| {
+        inside("channels", width, 1, limit::CHANNELS)?;
+        inside("norm_num_groups", groups, 1, width)?;
+        divides("channels", width, groups)
+    })
+}
+
+fn inside(what: &str, value: usize, min: usize, max: usize) -> Result<(), String> {
+    if (min..=max).contains(&value) {
+        return Ok(());
+    }
+    Err(format!("{what}: {value}, which should be {min} to {max}"))
+}
+
+fn divides(what: &str, value: usize, by: usize) -> Result<(), String> {
+    if value.is_multiple_of(by) { Ok(()) } else { Err(format!("{what}: {value} isn't a multiple of {by}")) }
+}
+
+fn finite(what: &str, value: f64) -> Result<(), String> {
+    if value.is_finite() { Ok(()) } else { Err(format!("{what}: {value}")) }
+}
+
+fn positive(what: &str, value: f64) -> Result<(), String> {
+    if value > 0.0 && value.is_finite() {
+        Ok(())
+    } else {
+        Err(format!("{what}: {value}, which should be above 0"))
+    }
+}

@@ -2,6 +2,7 @@
 
 pub mod card;
 pub mod error;
+pub mod format;
 pub mod graph;
 pub mod models;
 pub mod pipeline;
