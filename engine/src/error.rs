@@ -72,6 +72,24 @@ pub enum Error {
     /// The vocabulary or the merges of the tokenizer don't parse.
     #[error("the tokenizer of the model can't be used: {0}")]
     Tokenizer(String),
+    /// The model file lacks a tensor that its networks want.
+    #[error("the model has no tensor {name}")]
+    TensorMissing {
+        /// Canonical name.
+        name: String,
+    },
+    /// A tensor of the model file is not of the shape that its networks want.
+    #[error("the model's tensor {name} is not of the shape that its card describes")]
+    TensorShape {
+        /// Canonical name.
+        name: String,
+    },
+    /// The system has no memory for the activations.
+    #[error("no memory for {bytes} bytes of activations")]
+    NoMemory {
+        /// Size of the arena.
+        bytes: usize,
+    },
     /// The caller asked to stop.
     #[error("stopped")]
     Stopped,
@@ -96,7 +114,10 @@ impl Error {
             Error::LatentsShape { expected: [_, h, w], .. } => {
                 Some(format!("the latents must belong to the picture's size, here {w} wide and {h} high"))
             }
-            Error::Tokenizer(_) => Some("convert the checkpoint again".into()),
+            Error::Tokenizer(_) | Error::TensorMissing { .. } | Error::TensorShape { .. } => {
+                Some("convert the checkpoint again".into())
+            }
+            Error::NoMemory { .. } => Some("make a smaller picture, or close other programs".into()),
             Error::LatentsNotFinite | Error::Stopped => None,
         }
     }
