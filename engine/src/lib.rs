@@ -5,6 +5,9 @@ pub mod error;
 pub mod graph;
 pub mod pipeline;
 pub mod precision;
+pub mod rng;
 pub mod sampler;
+pub mod schedule;
+pub mod text;
 
 pub use error::{Error, Result};
