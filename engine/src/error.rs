@@ -58,6 +58,12 @@ pub enum Error {
         /// Names in the table.
         known: Vec<&'static str>,
     },
+    /// A noise schedule for a sampler that has its own.
+    #[error("the sampler {sampler} has its own noise schedule")]
+    OwnSchedule {
+        /// Name in the sampler table.
+        sampler: &'static str,
+    },
     /// Latents of another size than the picture's.
     #[error("the latents are {found:?} where {expected:?} is wanted ([channels, height, width])")]
     LatentsShape {
@@ -111,6 +117,7 @@ impl Error {
             Error::GuidanceScale(_) => Some("1 is no guidance, 4 to 8 are usual, 100 is the most".into()),
             Error::UnknownSampler { known, .. } => Some(format!("known samplers: {}", known.join(", "))),
             Error::UnknownSchedule { known, .. } => Some(format!("known schedules: {}", known.join(", "))),
+            Error::OwnSchedule { .. } => Some("leave --schedule out, or choose another --sampler".into()),
             Error::LatentsShape { expected: [_, h, w], .. } => {
                 Some(format!("the latents must belong to the picture's size, here {w} wide and {h} high"))
             }

@@ -7,6 +7,9 @@ pub mod graph;
 pub mod models;
 pub mod pipeline;
 pub mod precision;
+pub mod rng;
 pub mod sampler;
+pub mod schedule;
+pub mod text;
 
 pub use error::{Error, Result};

@@ -7,7 +7,9 @@ use serde::Serialize;
 use crate::card::Card;
 use crate::error::{Error, Result};
 use crate::precision::Precision;
-use crate::sampler;
+use crate::rng::Rng;
+use crate::sampler::{self, Sampler};
+use crate::schedule::{Schedule, Spread};
 
 /// How the machine is used. None of it but the precision changes the picture.
 #[derive(Clone, Debug, PartialEq)]
@@ -53,6 +55,8 @@ pub struct Request {
     pub seed: u64,
     /// Name in the table of samplers ([`sampler::names`]).
     pub sampler: String,
+    /// How noise levels are spread: a name that [`Spread::find`] knows.
+    pub schedule: String,
     /// Where the noise comes from.
     pub noise: Noise,
     /// Starting noise of unit variance in place of that of `seed`; the sampler multiplies it by its `init_noise_sigma`.
@@ -79,6 +83,7 @@ impl Request {
             guidance_scale: defaults.guidance_scale,
             seed: 0,
             sampler: defaults.sampler.clone(),
+            schedule: Spread::default().name().into(),
             noise: Noise::default(),
             init_latents: None,
         }
@@ -100,14 +105,17 @@ impl Request {
         if !(1..=max).contains(&self.steps) {
             return Err(Error::Steps { steps: self.steps, max });
         }
-        if !(self.guidance_scale.abs() <= MAX_GUIDANCE) {
+        if !(-MAX_GUIDANCE..=MAX_GUIDANCE).contains(&self.guidance_scale) {
             return Err(Error::GuidanceScale(self.guidance_scale));
         }
-        sampler::find(&self.sampler)?;
+        let entry = sampler::find(&self.sampler)?;
+        if Spread::find(&self.schedule)? != Spread::Model && !entry.takes_schedule {
+            return Err(Error::OwnSchedule { sampler: entry.name });
+        }
         if let Some(latents) = &self.init_latents {
             let expected = self.latents_shape(card);
             let found = latents.shape;
-            if found != expected || latents.data.len() != expected.iter().product() {
+            if found != expected || latents.data.len() != expected.iter().product::<usize>() {
                 return Err(Error::LatentsShape { found, expected });
             }
             if !latents.data.iter().all(|x| x.is_finite()) {
@@ -115,6 +123,25 @@ impl Request {
             }
         }
         Ok(())
+    }
+
+    /// Its sampler, the generator of its noise, and the latents that its first step begins with. The request is valid
+    /// ([`Request::validate`]).
+    pub fn start(&self, card: &Card) -> Result<(Box<dyn Sampler>, Rng, Latents)> {
+        let shape = self.latents_shape(card);
+        let len = shape.iter().product();
+        let schedule = Schedule::new(&card.schedule);
+        let spread = Spread::find(&self.schedule)?;
+        let run = sampler::Run { schedule: &schedule, steps: self.steps, spread, len };
+        let sampler = (sampler::find(&self.sampler)?.new)(&run);
+        let mut rng = Rng::new(self.noise, self.seed);
+        let mut latents = Latents { shape, data: vec![0.0; len] };
+        match &self.init_latents {
+            Some(given) => latents.data.copy_from_slice(&given.data),
+            None => rng.randn(&mut latents.data),
+        }
+        latents.data.iter_mut().for_each(|x| *x *= sampler.init_noise_sigma());
+        Ok((sampler, rng, latents))
     }
 
     /// `[channels, height, width]` of its latents.
