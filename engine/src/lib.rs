@@ -4,6 +4,7 @@ pub mod card;
 pub mod error;
 pub mod format;
 pub mod graph;
+pub mod memory;
 pub mod models;
 pub mod pipeline;
 pub mod precision;
@@ -11,5 +12,6 @@ pub mod rng;
 pub mod sampler;
 pub mod schedule;
 pub mod text;
+pub mod weights;
 
 pub use error::{Error, Result};

@@ -23,6 +23,7 @@ pub fn encodings(file: &ModelFile, wanted: &[WeightSpec]) -> Result<Vec<Option<E
 
 /// The bytes of each of `wanted`, which [`encodings`] has checked.
 pub fn bytes<'a>(file: &'a ModelFile, wanted: &[WeightSpec]) -> Vec<&'a [u8]> {
-    let find = |spec: &WeightSpec| file.tensor(&spec.name).expect("a plan is made for tensors that are there");
+    let find =
+        |spec: &WeightSpec| file.tensor(&spec.name).expect("a plan is made for tensors that are there");
     wanted.iter().map(|spec| file.bytes(find(spec))).collect()
 }
