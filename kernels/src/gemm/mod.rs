@@ -1,6 +1,17 @@
 //! Linear layers and convolutions: operand rows times encoded weight panels, with an epilogue.
 
-use crate::layout::Weight;
+mod activate;
+mod driver;
+mod geometry;
+pub(crate) mod steps;
+pub(crate) mod table;
+#[cfg(test)]
+mod tests;
+pub(crate) mod tile;
+
+pub use table::{GemmKernel, Types, kernels};
+
+use crate::layout::{Encoding, Weight};
 use crate::view::{ImageShape, Operand, Rows, RowsMut};
 use crate::{Isa, Workers};
 
@@ -89,11 +100,36 @@ pub struct Gemm<'a> {
     pub out: RowsMut<'a>,
 }
 
-/// Runs `call` with the kernel that [`Isa`] `isa` offers for its operand and weight.
+/// The kernel that a call with this operand and these weights gets on a machine of tier `isa`.
+///
+/// f32 rows stay f32. bfloat16 rows meet bfloat16 weights where the tier multiplies those, but f32 weights lose nothing:
+/// they, and all weights elsewhere, are met in f32.
+pub fn pick(isa: Isa, operand: &Operand<'_>, encoding: Encoding) -> &'static GemmKernel {
+    let best = |types| table::best(isa, types);
+    let kernel = match operand {
+        Operand::U8 { .. } => best(Types::U8S8).or(best(Types::S16S16)),
+        Operand::Bf16(_) if encoding != Encoding::F32 => best(Types::Bf16).or(best(Types::F32)),
+        Operand::Bf16(_) | Operand::F32(_) => best(Types::F32),
+    };
+    kernel.expect("the scalar tier has a kernel for everything")
+}
+
+/// Runs `call` with the kernel that [`pick`] finds.
 ///
 /// # Panics
-/// Where shapes don't agree.
+/// Where shapes don't agree, or the machine lacks tier `isa`.
 pub fn gemm(workers: &Workers, isa: Isa, call: Gemm<'_>) {
-    let _ = (workers, isa, call);
-    unimplemented!()
+    let kernel = pick(isa, &call.operand, call.weight.encoding);
+    gemm_with(workers, kernel, call);
+}
+
+/// Runs `call` with `kernel`, which must suit its operand and weight.
+///
+/// # Panics
+/// Where shapes don't agree, the kernel doesn't suit, or the machine lacks its tier.
+pub fn gemm_with(workers: &Workers, kernel: &'static GemmKernel, call: Gemm<'_>) {
+    assert!(kernel.isa.is_available(), "{} on a machine without {}", kernel.name, kernel.isa.name());
+    assert!(kernel.suits(&call.operand), "{} for {:?}", kernel.name, call.weight.encoding);
+    driver::check(&call);
+    driver::run(workers, kernel, call);
 }
