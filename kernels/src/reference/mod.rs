@@ -2,3 +2,4 @@
 #![forbid(unsafe_code)]
 
 pub mod math;
+pub mod pass;
