@@ -35,7 +35,7 @@ pub fn exp<S: Simd>(s: S, x: S::F) -> S::F {
 pub fn exp2<S: Simd>(s: S, x: S::F) -> S::F {
     // 2^f = 1 + f q(f) for |f| <= 1/2, minimax.
     const Q: [f32; 6] =
-        [0.693_147_2, 0.240_226_48, 5.550_332e-2, 9.618_439e-3, 1.339_900_3e-3, 1.535_325_7e-4];
+        [std::f32::consts::LN_2, 0.240_226_48, 5.550_332e-2, 9.618_439e-3, 1.339_900_3e-3, 1.535_325_7e-4];
     let x = s.max(x, s.splat(-126.0));
     let n = s.round(x);
     let f = s.sub(x, n);

@@ -3,3 +3,4 @@
 
 pub mod math;
 pub mod gemm;
+pub mod pass;
