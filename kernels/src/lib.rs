@@ -12,10 +12,12 @@ pub mod attention;
 pub mod cpu;
 pub mod gemm;
 pub mod layout;
+pub mod math;
 pub mod par;
 pub mod pass;
 pub mod quantize;
 pub mod reference;
+pub mod simd;
 pub mod view;
 
 pub use cpu::Isa;

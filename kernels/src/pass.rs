@@ -72,6 +72,7 @@ pub fn group_stats(
 
 /// Writes `activation(norm(source))` as the operand rows of a GEMM, `stride` elements each, with the border of `image`
 /// and the slack of each row zero. `U8` rows get a scale each: the row's largest magnitude / 127.
+#[expect(clippy::too_many_arguments)]
 pub fn operand_pass(
     workers: &Workers,
     isa: Isa,

@@ -1,1 +1,4 @@
 //! Naive versions of every operation. They read like the formula, and are what the tests compare with.
+#![forbid(unsafe_code)]
+
+pub mod math;
