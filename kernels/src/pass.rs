@@ -5,7 +5,7 @@ use bytemuck::cast_slice_mut;
 use crate::gemm::Activation;
 use crate::math;
 use crate::par::{SCRATCH_BYTES, Shared};
-use crate::simd::{Simd, SimdOp, dispatch};
+use crate::simd::{Element, Simd, SimdOp, dispatch};
 use crate::view::{ImageShape, OperandMut, Rows, RowsMut};
 use crate::{Isa, Workers, bf16};
 
@@ -453,34 +453,6 @@ fn sweep_with<'a, S: Simd>(
         };
     }
     most
-}
-
-/// Numbers of either type.
-trait Element: Copy {
-    fn load<S: Simd>(s: S, src: &[Self]) -> S::F;
-    fn load_partial<S: Simd>(s: S, src: &[Self]) -> S::F;
-}
-
-impl Element for f32 {
-    #[inline(always)]
-    fn load<S: Simd>(s: S, src: &[f32]) -> S::F {
-        s.load(src)
-    }
-    #[inline(always)]
-    fn load_partial<S: Simd>(s: S, src: &[f32]) -> S::F {
-        s.load_partial(src)
-    }
-}
-
-impl Element for bf16 {
-    #[inline(always)]
-    fn load<S: Simd>(s: S, src: &[bf16]) -> S::F {
-        s.load_bf16(src)
-    }
-    #[inline(always)]
-    fn load_partial<S: Simd>(s: S, src: &[bf16]) -> S::F {
-        s.load_bf16_partial(src)
-    }
 }
 
 /// Columns to sweep over.

@@ -45,6 +45,21 @@ pub enum RowsMut<'a> {
     Bf16(&'a mut [bf16]),
 }
 
+impl RowsMut<'_> {
+    /// Elements.
+    pub const fn len(&self) -> usize {
+        match self {
+            RowsMut::F32(x) => x.len(),
+            RowsMut::Bf16(x) => x.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub const fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 /// The left operand of a GEMM: rows of `stride` elements, a multiple of 64, of which the first `k` are the row and the
 /// rest are zero (code 128 in `U8`). For a convolution a row is a pixel, and the pixels around the border are rows too.
 #[derive(Clone, Copy, Debug)]

@@ -47,7 +47,7 @@ impl Tensor {
 /// A network that holds memory on its own: a run of tensors.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
-    /// `text_encoder`, `unet`, `vae`, ...
+    /// `text_encoder`, `unet`, `vae_decoder`, ...
     pub name: String,
     /// Its tensors, as places in the index.
     pub tensors: Range<usize>,
@@ -106,14 +106,9 @@ fn fixed(found: Encoding, only: Encoding) -> Result<(), String> {
     if found == only { Ok(()) } else { Err(format!("{} where only {} can be", found.name(), only.name())) }
 }
 
-/// The part a name belongs to: what stands before the first dot.
-pub(super) fn part_of(name: &str) -> &str {
-    name.split_once('.').map_or(name, |(part, _)| part)
-}
-
 pub(super) fn check_name(name: &str) -> Result<(), String> {
     if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
-        return Err(format!("a tensor is named {:?}", name.chars().take(64).collect::<String>()));
+        return Err(format!("something is named {:?}", name.chars().take(64).collect::<String>()));
     }
     Ok(())
 }
@@ -182,6 +177,9 @@ impl Index {
             place
                 .follow(part.offset, part.len, PART_ALIGN)
                 .map_err(|e| format!("part {}: {e}", part.name))?;
+            if index.parts.iter().any(|p| p.name == part.name) {
+                return Err(format!("part {} is there twice", part.name));
+            }
             let first = index.parts.last().map_or(0, |p: &Part| p.tensors.end);
             if part.tensors.start != first || part.tensors.end > tensors {
                 return Err(format!("part {} has tensors that aren't its own", part.name));
@@ -196,9 +194,6 @@ impl Index {
             for i in part.tensors.clone() {
                 let tensor = records.tensor(names).ok_or_else(short)??;
                 let fault = |e: String| format!("tensor {}: {e}", tensor.name);
-                if part_of(&tensor.name) != part.name {
-                    return Err(fault(format!("it lies in part {}", part.name)));
-                }
                 if stored_bytes(&tensor.kind, tensor.encoding).map_err(fault)? != tensor.len {
                     return Err(fault(format!("{} bytes don't fit its shape", tensor.len)));
                 }

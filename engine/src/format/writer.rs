@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use kernels::layout::Encoding;
 
-use super::index::{Index, Part, Tensor, check_name, part_of, stored_bytes};
+use super::index::{Index, Part, Tensor, check_name, stored_bytes};
 use super::reader::{ENTRY_BYTES, HEADER_BYTES, MAX_CARD, MAX_TOKENIZER};
 use super::{Error, MAGIC, PART_ALIGN, TENSOR_ALIGN, VERSION, checksum::xxh64, file};
 use crate::card::Card;
@@ -42,11 +42,11 @@ struct Section {
 }
 
 impl Layout {
-    /// Lays out a file of these tensors, which come grouped by part in execution order.
+    /// Lays out a file of these parts, each with its tensors in execution order.
     pub fn new(
         card: &Card,
         tokenizer: Tokenizer<'_>,
-        tensors: &[(WeightSpec, Encoding)],
+        parts: &[(&str, Vec<(WeightSpec, Encoding)>)],
     ) -> Result<Layout, Error> {
         let fault = |fault: String| Error::Card { file: String::from("the new file"), fault };
         card.check().map_err(fault)?;
@@ -61,23 +61,25 @@ impl Layout {
             }
         }
         let mut index = Index::default();
-        for (i, (spec, encoding)) in tensors.iter().enumerate() {
-            check_name(&spec.name).map_err(fault)?;
-            let len = stored_bytes(&spec.kind, *encoding)
-                .map_err(|e| fault(format!("tensor {}: {e}", spec.name)))?;
-            let part = part_of(&spec.name);
-            if index.parts.last().is_none_or(|p| p.name != part) {
-                if index.parts.iter().any(|p| p.name == part) {
-                    return Err(fault(format!("part {part} lies in two pieces")));
+        for (part, tensors) in parts {
+            check_name(part).map_err(fault)?;
+            let first = index.tensors.len();
+            for (spec, encoding) in tensors {
+                check_name(&spec.name).map_err(fault)?;
+                let len = stored_bytes(&spec.kind, *encoding)
+                    .map_err(|e| fault(format!("tensor {}: {e}", spec.name)))?;
+                let (name, kind, encoding) = (spec.name.clone(), spec.kind, *encoding);
+                if index.by_name.insert(name.clone(), index.tensors.len()).is_some() {
+                    return Err(fault(format!("tensor {name} is there twice")));
                 }
-                index.parts.push(Part { name: part.to_owned(), tensors: i..i, offset: 0, len: 0 });
+                index.tensors.push(Tensor { name, kind, encoding, offset: 0, len, checksum: 0 });
             }
-            index.parts.last_mut().expect("just pushed").tensors.end = i + 1;
-            if index.by_name.insert(spec.name.clone(), i).is_some() {
-                return Err(fault(format!("tensor {} is there twice", spec.name)));
-            }
-            let (name, kind, encoding) = (spec.name.clone(), spec.kind, *encoding);
-            index.tensors.push(Tensor { name, kind, encoding, offset: 0, len, checksum: 0 });
+            index.parts.push(Part {
+                name: (*part).to_owned(),
+                tensors: first..index.tensors.len(),
+                offset: 0,
+                len: 0,
+            });
         }
 
         let mut end = (HEADER_BYTES + ENTRY_BYTES * 5 + 8) as u64;

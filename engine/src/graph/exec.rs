@@ -1,15 +1,19 @@
 //! Runs a plan.
 
+use std::ops::Range;
+
 use kernels::attention::{Attention, Mask, attention};
-use kernels::gemm::{Epilogue, Gemm, gemm};
+use kernels::gemm::{Epilogue, Filter, Gemm, gemm, gemm_rows};
 use kernels::layout::Weight;
 use kernels::pass::{Norm, Source, group_stats, operand_pass, rows_pass};
-use kernels::view::{Operand, OperandMut, Rows, RowsMut};
+use kernels::view::{Border, ImageShape, Operand, OperandMut, Rows, RowsMut};
 use kernels::{Isa, Workers, bf16, f16};
 
-use super::arena::{Arena, Region};
-use super::lower::{
-    Buf, NormSpec, Op, OperandBuf, OperandKind, PassOut, Plan, RowsBuf, RowsKind, SourceBufs, Step,
+use super::arena::Arena;
+use super::plan::Plan;
+use super::steps::{
+    Band, BandOp, Bands, Buf, NormSpec, Op, OperandBuf, OperandKind, ResidualSpec, RowsBuf, RowsKind,
+    SourceBufs, Step, Window,
 };
 
 /// The caller asked to stop.
@@ -110,129 +114,172 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn region(&self, buf: Buf, bank: usize) -> Region {
-        self.plan.region(buf, bank, self.banks)
-    }
-
     fn vector(&self, weight: usize) -> &[f32] {
         bytemuck::cast_slice(self.weights[weight])
     }
 
     fn read<T: bytemuck::Pod>(&self, buf: Buf, bank: usize) -> &[T] {
         // SAFETY: a plan gives the buffers that a step writes places apart from those it reads, and steps run one by one.
-        unsafe { self.arena.slice(self.region(buf, bank)) }
+        unsafe { self.arena.slice(self.plan.region(buf, bank, self.banks)) }
     }
 
     #[allow(clippy::mut_from_ref)]
     fn write<T: bytemuck::Pod>(&self, buf: Buf, bank: usize) -> &mut [T] {
-        // SAFETY: as in `read`; each buffer that a step writes is taken once.
-        unsafe { self.arena.slice_mut(self.region(buf, bank)) }
+        // SAFETY: as in `read`; each buffer that a kernel call writes is taken once.
+        unsafe { self.arena.slice_mut(self.plan.region(buf, bank, self.banks)) }
     }
 
-    fn rows(&self, r: RowsBuf, bank: usize) -> Rows<'_> {
+    /// Pixels `at` of `r`.
+    fn rows(&self, r: RowsBuf, bank: usize, at: Range<usize>) -> Rows<'_> {
+        let at = at.start * r.c..at.end * r.c;
         match r.kind {
-            RowsKind::F32 => Rows::F32(self.read(r.buf, bank)),
-            RowsKind::Bf16 => Rows::Bf16(self.read(r.buf, bank)),
+            RowsKind::F32 => Rows::F32(&self.read(r.buf, bank)[at]),
+            RowsKind::Bf16 => Rows::Bf16(&self.read(r.buf, bank)[at]),
             RowsKind::U32 => unreachable!("ids are read by lookups alone"),
         }
     }
 
-    fn rows_mut(&self, r: RowsBuf, bank: usize) -> RowsMut<'_> {
+    /// Pixels `at` of `r`, to be written.
+    fn rows_mut(&self, r: RowsBuf, bank: usize, at: Range<usize>) -> RowsMut<'_> {
+        let at = at.start * r.c..at.end * r.c;
         match r.kind {
-            RowsKind::F32 => RowsMut::F32(self.write(r.buf, bank)),
-            RowsKind::Bf16 => RowsMut::Bf16(self.write(r.buf, bank)),
+            RowsKind::F32 => RowsMut::F32(&mut self.write(r.buf, bank)[at]),
+            RowsKind::Bf16 => RowsMut::Bf16(&mut self.write(r.buf, bank)[at]),
             RowsKind::U32 => unreachable!("ids are written by the caller alone"),
         }
     }
 
-    fn source(&self, s: SourceBufs, bank: usize) -> Source<'_> {
-        Source { parts: s.map(|r| r.map(|r| (self.rows(r, bank), r.c))) }
+    fn source(&self, s: SourceBufs, bank: usize, at: Range<usize>) -> Source<'_> {
+        Source { parts: s.map(|r| r.map(|r| (self.rows(r, bank, at.clone()), r.c))) }
     }
 
-    fn operand(&self, o: OperandBuf, bank: usize) -> Operand<'_> {
+    fn operand(&self, o: OperandBuf, bank: usize, rows: usize) -> Operand<'_> {
+        let len = rows * o.stride;
         match (o.kind, o.scale) {
             (OperandKind::U8, Some(scale)) => {
-                Operand::U8 { codes: self.read(o.buf, bank), scale: self.read(scale, bank) }
+                Operand::U8 { codes: &self.read(o.buf, bank)[..len], scale: &self.read(scale, bank)[..rows] }
             }
             (OperandKind::U8, None) => unreachable!("8-bit rows have scales"),
-            (OperandKind::Bf16, _) => Operand::Bf16(self.read(o.buf, bank)),
-            (OperandKind::F32, _) => Operand::F32(self.read(o.buf, bank)),
+            (OperandKind::Bf16, _) => Operand::Bf16(&self.read(o.buf, bank)[..len]),
+            (OperandKind::F32, _) => Operand::F32(&self.read(o.buf, bank)[..len]),
         }
     }
 
-    fn operand_mut(&self, o: OperandBuf, bank: usize) -> OperandMut<'_> {
+    fn operand_mut(&self, o: OperandBuf, bank: usize, rows: usize) -> OperandMut<'_> {
+        let len = rows * o.stride;
         match (o.kind, o.scale) {
-            (OperandKind::U8, Some(scale)) => {
-                OperandMut::U8 { codes: self.write(o.buf, bank), scale: self.write(scale, bank) }
-            }
+            (OperandKind::U8, Some(scale)) => OperandMut::U8 {
+                codes: &mut self.write(o.buf, bank)[..len],
+                scale: &mut self.write(scale, bank)[..rows],
+            },
             (OperandKind::U8, None) => unreachable!("8-bit rows have scales"),
-            (OperandKind::Bf16, _) => OperandMut::Bf16(self.write(o.buf, bank)),
-            (OperandKind::F32, _) => OperandMut::F32(self.write(o.buf, bank)),
+            (OperandKind::Bf16, _) => OperandMut::Bf16(&mut self.write(o.buf, bank)[..len]),
+            (OperandKind::F32, _) => OperandMut::F32(&mut self.write(o.buf, bank)[..len]),
+        }
+    }
+
+    /// The norm for images `images`.
+    fn norm(&self, norm: NormSpec, bank: usize, images: Range<usize>) -> Norm<'_> {
+        match norm {
+            NormSpec::None => Norm::None,
+            NormSpec::Group { stats, groups, gamma, beta } => Norm::Group {
+                stats: &self.read(stats, bank)[images.start * groups * 2..images.end * groups * 2],
+                groups,
+                gamma: self.vector(gamma),
+                beta: self.vector(beta),
+            },
+            NormSpec::Layer { gamma, beta, eps } => {
+                Norm::Layer { gamma: self.vector(gamma), beta: self.vector(beta), eps }
+            }
+        }
+    }
+
+    /// All operations of `bands` on one band.
+    fn band(&self, bands: &Bands, band: Band, bank: usize) {
+        let (workers, isa) = (self.workers, self.isa);
+        let Window { y, shape: input, skip } = bands.window(band);
+        let images = band.image..band.image + band.images;
+        let from = (band.image * bands.input.h + y) * bands.input.w;
+        let read = from..from + input.pixels();
+        let pixels = band.images * band.rows * bands.output.w;
+        let first = (band.image * bands.output.h + band.y) * bands.output.w;
+        let local = |r: RowsBuf| bands.local.contains(&r.buf);
+        let place = |r: RowsBuf| if local(r) { 0..pixels } else { first..first + pixels };
+        let inner =
+            ImageShape { batch: band.images, h: band.rows, w: bands.output.w, border: Border::default() };
+        // The first operand covers the window, later ones the band's own pixels.
+        let (mut shape, mut filter) = (input, bands.filter);
+        for (i, op) in bands.ops.iter().enumerate() {
+            match *op {
+                BandOp::Pass { source, norm, activation, out } => {
+                    let read = if i == 0 { read.clone() } else { 0..pixels };
+                    if i > 0 {
+                        (shape, filter) = (inner, Filter::POINT);
+                    }
+                    let source = self.source(source, bank, read);
+                    let norm = self.norm(norm, bank, images.clone());
+                    let operand = self.operand_mut(out, bank, shape.operand_rows());
+                    operand_pass(workers, isa, source, shape, norm, activation, operand, out.stride);
+                }
+                BandOp::Gemm { operand, weight, bias, image_bias, activation, residual, out } => {
+                    let weight_shape = self.plan.weights()[weight].kind.shape().expect("a GEMM has a matrix");
+                    let encoding = self.plan.encodings()[weight].expect("a matrix has an encoding");
+                    let n = weight_shape.n;
+                    let epilogue = Epilogue {
+                        bias: bias.map(|b| self.vector(b)),
+                        image_bias: image_bias.map(|b| &self.read(b, bank)[images.start * n..images.end * n]),
+                        activation,
+                        residual: match residual {
+                            ResidualSpec::Rows(r) => Some(self.rows(r, bank, place(r))),
+                            ResidualSpec::None | ResidualSpec::InPlace => None,
+                        },
+                        accumulate: matches!(residual, ResidualSpec::InPlace),
+                    };
+                    let call = Gemm {
+                        operand: self.operand(operand, bank, shape.operand_rows()),
+                        input: shape,
+                        filter,
+                        weight: Weight::new(encoding, weight_shape, self.weights[weight]),
+                        epilogue,
+                        out: self.rows_mut(out, bank, place(out)),
+                    };
+                    if filter.upsample {
+                        gemm_rows(workers, isa, call, skip..skip + band.rows);
+                    } else {
+                        gemm(workers, isa, call);
+                    }
+                }
+            }
         }
     }
 
     fn step(&self, op: &Op, bank: usize) {
         let (workers, isa) = (self.workers, self.isa);
+        let all = |r: RowsBuf, pixels: usize| self.rows(r, bank, 0..pixels);
         match *op {
-            Op::Gemm { operand, input, filter, weight, bias, image_bias, activation, residual, out } => {
-                let shape = self.plan.weights()[weight].kind.shape().expect("a GEMM has a matrix");
-                let encoding = self.plan.encodings()[weight].expect("a matrix has an encoding");
-                let epilogue = Epilogue {
-                    bias: bias.map(|b| self.vector(b)),
-                    image_bias: image_bias.map(|b| self.read(b, bank)),
-                    activation,
-                    residual: residual.map(|r| self.rows(r, bank)),
-                };
-                let call = Gemm {
-                    operand: self.operand(operand, bank),
-                    input,
-                    filter,
-                    weight: Weight::new(encoding, shape, self.weights[weight]),
-                    epilogue,
-                    out: self.rows_mut(out, bank),
-                };
-                gemm(workers, isa, call);
-            }
+            Op::Bands(ref bands) => bands.bands().for_each(|band| self.band(bands, band, bank)),
             Op::GroupStats { source, image, groups, eps, stats } => {
-                let source = self.source(source, bank);
+                let source = self.source(source, bank, 0..image.pixels());
                 group_stats(workers, isa, source, image, groups, eps, self.write(stats, bank));
             }
-            Op::Pass { source, image, norm, activation, out } => {
-                let norm = match norm {
-                    NormSpec::None => Norm::None,
-                    NormSpec::Group { stats, groups, gamma, beta } => Norm::Group {
-                        stats: self.read(stats, bank),
-                        groups,
-                        gamma: self.vector(gamma),
-                        beta: self.vector(beta),
-                    },
-                    NormSpec::Layer { gamma, beta, eps } => {
-                        Norm::Layer { gamma: self.vector(gamma), beta: self.vector(beta), eps }
-                    }
-                };
-                let source = self.source(source, bank);
-                match out {
-                    PassOut::Operand(o) => {
-                        let out = self.operand_mut(o, bank);
-                        operand_pass(workers, isa, source, image, norm, activation, out, o.stride);
-                    }
-                    PassOut::Rows(r) => {
-                        rows_pass(workers, isa, source, image, norm, activation, self.rows_mut(r, bank));
-                    }
-                }
+            Op::Rows { source, image, norm, activation, out } => {
+                let source = self.source(source, bank, 0..image.pixels());
+                let norm = self.norm(norm, bank, 0..image.batch);
+                let out = self.rows_mut(out, bank, 0..image.pixels());
+                rows_pass(workers, isa, source, image, norm, activation, out);
             }
             Op::Attention { shape, q, k, v, causal, products, workspace, out } => {
                 let call = Attention {
                     shape,
-                    q: self.rows(q, bank),
+                    q: all(q, shape.batch * shape.nq),
                     q_stride: q.c,
-                    k: self.rows(k, bank),
-                    v: self.rows(v, bank),
+                    k: all(k, shape.batch * shape.nk),
+                    v: all(v, shape.batch * shape.nk),
                     kv_stride: k.c,
                     scale: 1.0 / (shape.d as f32).sqrt(),
                     mask: if causal { Mask::Causal } else { Mask::None },
                     products,
-                    out: self.rows_mut(out, bank),
+                    out: self.rows_mut(out, bank, 0..shape.batch * shape.nq),
                 };
                 attention(workers, isa, call, self.write(workspace, bank));
             }

@@ -1,285 +1,81 @@
-//! From a network to steps over one arena: which form each value takes, which passes make it, where it lies.
+//! From a network to steps: which form each value takes, which passes make it, what is done band by band together.
 #![forbid(unsafe_code)]
-
-use std::collections::HashMap;
 
 use kernels::Isa;
 use kernels::attention::{self, AttentionShape, Products};
 use kernels::gemm::{Activation, Filter};
-use kernels::layout::{Encoding, TILE_K};
+use kernels::layout::{Encoding, TILE_K, WeightShape};
 use kernels::view::{Border, ImageShape};
 
-use super::arena::{Life, Region, place};
 use super::builder::{Dims, Network, Node, Rate, Tensor};
-use super::weight::{WeightKind, WeightSpec};
+use super::steps::{
+    BandOp, Bands, Buf, NormSpec, Op, OperandBuf, OperandKind, ResidualSpec, RowsBuf, RowsKind, SourceBufs,
+    Step,
+};
 use crate::precision::Precision;
 
-/// A buffer of the plan, by number.
-pub(super) type Buf = usize;
-
-/// Element type of plain rows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum RowsKind {
-    F32,
-    Bf16,
-    /// Token ids.
-    U32,
-}
-
-impl RowsKind {
-    fn bytes(self) -> usize {
-        match self {
-            RowsKind::F32 | RowsKind::U32 => 4,
-            RowsKind::Bf16 => 2,
-        }
-    }
-}
-
-/// Plain rows `[pixels, c]`.
+/// What the lowering depends on beside the network.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct RowsBuf {
-    pub(super) buf: Buf,
-    pub(super) kind: RowsKind,
-    pub(super) c: usize,
+pub struct Options {
+    /// How activations are held.
+    pub precision: Precision,
+    /// Instruction sets.
+    pub isa: Isa,
+    /// Size of the team.
+    pub threads: usize,
+    /// Bytes that the operands and inner values of a band may take.
+    pub band_bytes: usize,
+    /// Bytes of weights that a step may read, unless it is a single layer that has more.
+    pub step_weight_bytes: usize,
 }
 
-/// Element type of a GEMM's left operand.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum OperandKind {
-    U8,
-    Bf16,
-    F32,
+impl Options {
+    /// Bands that stay in a core's second-level cache, steps of no more weights than the largest layer of SD 1.5.
+    pub fn new(precision: Precision, isa: Isa, threads: usize) -> Self {
+        Options { precision, isa, threads, band_bytes: 1 << 20, step_weight_bytes: 32 << 20 }
+    }
 }
 
-/// Rows of an operand, with border and slack.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct OperandBuf {
-    pub(super) buf: Buf,
-    /// Scales of the rows, for `U8`.
-    pub(super) scale: Option<Buf>,
-    pub(super) kind: OperandKind,
-    pub(super) stride: usize,
+/// The steps of a network and the sizes of their buffers.
+#[derive(Debug)]
+pub(super) struct Lowered {
+    pub(super) steps: Vec<Step>,
+    /// Steps before this one depend on inputs of rate `Run` alone.
+    pub(super) prologue: usize,
+    /// Sizes of the buffers.
+    pub(super) bytes: Vec<usize>,
+    pub(super) inputs: Vec<(String, RowsBuf, Rate)>,
+    pub(super) outputs: Vec<(String, RowsBuf)>,
 }
 
-/// One or two tensors side by side.
-pub(super) type SourceBufs = [Option<RowsBuf>; 2];
-
-/// How a pass normalizes; numbers are weights.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum NormSpec {
-    None,
-    Group { stats: Buf, groups: usize, gamma: usize, beta: usize },
-    Layer { gamma: usize, beta: usize, eps: f32 },
-}
-
-#[derive(Clone, Copy, Debug)]
-pub(super) enum PassOut {
-    Operand(OperandBuf),
-    Rows(RowsBuf),
-}
-
-/// What a step does.
-#[derive(Clone, Debug)]
-pub(super) enum Op {
-    Gemm {
-        operand: OperandBuf,
-        input: ImageShape,
-        filter: Filter,
-        weight: usize,
-        bias: Option<usize>,
-        image_bias: Option<Buf>,
-        activation: Activation,
-        residual: Option<RowsBuf>,
-        out: RowsBuf,
-    },
-    GroupStats {
-        source: SourceBufs,
-        image: ImageShape,
-        groups: usize,
-        eps: f32,
-        stats: Buf,
-    },
-    Pass {
-        source: SourceBufs,
-        image: ImageShape,
-        norm: NormSpec,
-        activation: Activation,
-        out: PassOut,
-    },
-    Attention {
-        shape: AttentionShape,
-        q: RowsBuf,
-        k: RowsBuf,
-        v: RowsBuf,
-        causal: bool,
-        products: Products,
-        workspace: Buf,
-        out: RowsBuf,
-    },
-    Lookup {
-        ids: Buf,
-        table: usize,
-        positions: usize,
-        out: RowsBuf,
-    },
-    Resize {
-        x: RowsBuf,
-        from: Dims,
-        to: Dims,
-        out: RowsBuf,
-    },
-}
-
-/// One operation of a plan.
-#[derive(Clone, Debug)]
-pub struct Step {
-    /// The layer it belongs to.
-    pub path: String,
-    pub(super) op: Op,
-    /// Weights it reads, numbers in [`Plan::weights`].
-    pub weights: Vec<usize>,
-}
-
-impl Step {
-    /// What kind of work it is.
-    pub fn kind(&self) -> &'static str {
-        match &self.op {
-            Op::Gemm { filter, .. } if filter.kh > 1 => "conv",
-            Op::Gemm { .. } => "linear",
-            Op::GroupStats { .. } => "norm",
-            Op::Pass { .. } => "pass",
-            Op::Attention { .. } => "attention",
-            Op::Lookup { .. } => "lookup",
-            Op::Resize { .. } => "resize",
+/// Lowers `network`; `encodings` as in [`super::Plan::new`].
+pub(super) fn lower(network: &Network, encodings: &[Option<Encoding>], options: Options) -> Lowered {
+    let mut l = Lowering {
+        network,
+        encodings,
+        options,
+        stream: stream_values(network),
+        last_use: last_uses(network),
+        rows: vec![None; network.values.len()],
+        bytes: vec![],
+        steps: vec![],
+        inputs: vec![],
+    };
+    let mut prologue = 0;
+    for (at, i) in network.order().enumerate() {
+        l.node(i, at);
+        if network.values[i].rate == Rate::Run {
+            prologue = l.steps.len();
         }
     }
-
-    /// Multiplications and additions of its matrix products.
-    pub fn operations(&self, weights: &[WeightSpec]) -> u64 {
-        match &self.op {
-            Op::Gemm { weight, input, filter, .. } => {
-                let (h, w) = filter.output(input);
-                let shape = weights[*weight].kind.shape().expect("a GEMM has a matrix");
-                2 * (input.batch * h * w) as u64 * (shape.n * shape.taps * shape.k) as u64
-            }
-            Op::Attention { shape: s, .. } => 4 * (s.batch * s.heads * s.nq * s.nk * s.d) as u64,
-            _ => 0,
+    let outputs: Vec<_> = network.outputs.iter().map(|(name, t)| (name.clone(), l.rows_of(*t))).collect();
+    let Lowering { mut bytes, mut steps, inputs, .. } = l;
+    for step in &mut steps {
+        if let Op::Bands(b) = &mut step.op {
+            size_bands(b, options.band_bytes, &mut bytes);
         }
     }
-}
-
-/// A network lowered for a precision and the encodings of a file: steps over one arena.
-///
-/// The arena begins with `banks` copies of what outlives a step (values of rate [`Rate::Run`] that steps read), so that the
-/// two guidance passes can take turns; the rest is shared.
-#[derive(Clone, Debug)]
-pub struct Plan {
-    steps: Vec<Step>,
-    /// Steps before this one run once per run and bank.
-    prologue: usize,
-    weights: Vec<WeightSpec>,
-    encodings: Vec<Option<Encoding>>,
-    inputs: Vec<(String, RowsBuf)>,
-    outputs: Vec<(String, RowsBuf, Tensor)>,
-    regions: Vec<Region>,
-    persistent: Vec<bool>,
-    persistent_bytes: usize,
-    transient_bytes: usize,
-}
-
-impl Plan {
-    /// Lowers `network`. `encodings` gives each of its weights' encoding (`None` for vectors and tables), `threads` the size
-    /// of the team, which attention's workspace depends on.
-    ///
-    /// # Panics
-    /// Where `encodings` is not as long as the list of weights, or a matrix has none.
-    pub fn new(
-        network: &Network,
-        encodings: &[Option<Encoding>],
-        precision: Precision,
-        isa: Isa,
-        threads: usize,
-    ) -> Plan {
-        assert_eq!(network.weights().len(), encodings.len(), "an encoding for each weight");
-        let mut l = Lowering {
-            network,
-            encodings,
-            precision,
-            isa,
-            threads,
-            stream: stream_values(network),
-            rows: vec![None; network.values.len()],
-            operands: HashMap::new(),
-            bytes: vec![],
-            steps: vec![],
-        };
-        let mut prologue = 0;
-        let mut inputs = vec![];
-        for i in network.order() {
-            if network.values[i].rate == Rate::Run {
-                l.node(i, &mut inputs);
-                prologue = l.steps.len();
-            } else {
-                l.node(i, &mut inputs);
-            }
-        }
-        let outputs: Vec<_> =
-            network.outputs.iter().map(|(name, t)| (name.clone(), l.rows_of(*t), *t)).collect();
-        let Lowering { bytes, steps, .. } = l;
-        finish(network, encodings, bytes, steps, prologue, inputs, outputs)
-    }
-
-    /// Steps that run once per run and bank, then the steps of every pass.
-    pub fn steps(&self) -> (&[Step], &[Step]) {
-        self.steps.split_at(self.prologue)
-    }
-
-    /// The weights, in the order in which steps first meet them.
-    pub fn weights(&self) -> &[WeightSpec] {
-        &self.weights
-    }
-
-    /// The encodings the plan was made for.
-    pub fn encodings(&self) -> &[Option<Encoding>] {
-        &self.encodings
-    }
-
-    /// Bytes of the arena with `banks` copies of what outlives a step.
-    pub fn arena_bytes(&self, banks: usize) -> usize {
-        banks * self.persistent_bytes + self.transient_bytes
-    }
-
-    pub(super) fn region(&self, buf: Buf, bank: usize, banks: usize) -> Region {
-        let r = self.regions[buf];
-        let base =
-            if self.persistent[buf] { bank * self.persistent_bytes } else { banks * self.persistent_bytes };
-        Region { offset: base + r.offset, bytes: r.bytes }
-    }
-
-    pub(super) fn input(&self, name: &str) -> Option<RowsBuf> {
-        self.inputs.iter().find(|(n, _)| n == name).map(|(_, r)| *r)
-    }
-
-    pub(super) fn output(&self, name: &str) -> Option<RowsBuf> {
-        self.outputs.iter().find(|(n, ..)| n == name).map(|(_, r, _)| *r)
-    }
-
-    /// Bytes of the weights as stored.
-    pub fn weight_bytes(&self) -> usize {
-        (0..self.weights.len()).map(|i| self.stored_bytes(i)).sum()
-    }
-
-    /// Bytes of weight `i` as stored.
-    pub fn stored_bytes(&self, i: usize) -> usize {
-        match self.weights[i].kind {
-            WeightKind::Vector { len, order } => order.stored(len) * 4,
-            WeightKind::Table { rows, cols } => rows * cols * 2,
-            kind @ WeightKind::Matrix { .. } => {
-                let shape = kind.shape().expect("a matrix has a shape");
-                shape.bytes(self.encodings[i].expect("a matrix has an encoding"))
-            }
-        }
-    }
+    Lowered { steps, prologue, bytes, inputs, outputs }
 }
 
 /// Values of the residual stream, which stay f32 in every precision: sums that go on through many layers, what is added to
@@ -304,20 +100,47 @@ fn stream_values(network: &Network) -> Vec<bool> {
     stream
 }
 
+/// For each value, the place in execution order of the last node that reads it, and whether only that one does. Norms,
+/// activations and concatenations read when their readers do. Outputs are read at the end.
+fn last_uses(network: &Network) -> Vec<(usize, usize)> {
+    let mut uses = vec![(0, 0); network.values.len()]; // (last, readers)
+    let mut visit = |t: Tensor, at: usize| {
+        let mut open = vec![t];
+        while let Some(t) = open.pop() {
+            let (last, readers) = uses[t.0];
+            uses[t.0] = (last.max(at), readers + 1);
+            if matches!(
+                network.nodes[t.0],
+                Node::GroupNorm { .. } | Node::LayerNorm { .. } | Node::Activate { .. } | Node::Concat { .. }
+            ) {
+                open.extend(network.nodes[t.0].inputs());
+            }
+        }
+    };
+    for (at, i) in network.order().enumerate() {
+        match &network.nodes[i] {
+            Node::GroupNorm { .. } | Node::LayerNorm { .. } | Node::Activate { .. } | Node::Concat { .. } => {
+            }
+            node => node.inputs().into_iter().for_each(|t| visit(t, at)),
+        }
+    }
+    for (_, t) in &network.outputs {
+        visit(*t, usize::MAX);
+    }
+    uses
+}
+
 struct Lowering<'a> {
     network: &'a Network,
     encodings: &'a [Option<Encoding>],
-    precision: Precision,
-    isa: Isa,
-    threads: usize,
+    options: Options,
     stream: Vec<bool>,
+    last_use: Vec<(usize, usize)>,
     /// Values in memory as plain rows.
     rows: Vec<Option<RowsBuf>>,
-    /// Values in memory as operands.
-    operands: HashMap<(Tensor, OperandKind, Border), OperandBuf>,
-    /// Sizes of the buffers.
     bytes: Vec<usize>,
     steps: Vec<Step>,
+    inputs: Vec<(String, RowsBuf, Rate)>,
 }
 
 impl Lowering<'_> {
@@ -327,7 +150,8 @@ impl Lowering<'_> {
     }
 
     fn rows_kind(&self, t: Tensor) -> RowsKind {
-        if self.precision == Precision::Exact || self.stream[t.0] { RowsKind::F32 } else { RowsKind::Bf16 }
+        let exact = self.options.precision == Precision::Exact;
+        if exact || self.stream[t.0] { RowsKind::F32 } else { RowsKind::Bf16 }
     }
 
     fn new_rows(&mut self, t: Tensor, kind: RowsKind) -> RowsBuf {
@@ -342,9 +166,9 @@ impl Lowering<'_> {
         self.steps.push(Step { path: self.network.paths[t.0].clone(), op, weights });
     }
 
-    fn image(&self, t: Tensor, border: Border) -> ImageShape {
+    fn image(&self, t: Tensor) -> ImageShape {
         let Dims { batch, h, w } = self.network.values[t.0].dims;
-        ImageShape { batch, h, w, border }
+        ImageShape { batch, h, w, border: Border::default() }
     }
 
     /// The tensors whose columns make up `t`.
@@ -363,8 +187,8 @@ impl Lowering<'_> {
         let (source, norm, activation, weights) = self.pass_into(t);
         let kind = self.rows_kind(t);
         let out = self.new_rows(t, kind);
-        let image = self.image(t, Border::default());
-        self.step(t, Op::Pass { source, image, norm, activation, out: PassOut::Rows(out) }, weights);
+        let image = self.image(t);
+        self.step(t, Op::Rows { source, image, norm, activation, out }, weights);
         out
     }
 
@@ -373,7 +197,7 @@ impl Lowering<'_> {
         match self.network.nodes[t.0] {
             Node::GroupNorm { x, gamma, beta, groups, eps, activation } => {
                 let source = self.source(x);
-                let image = self.image(x, Border::default());
+                let image = self.image(x);
                 let stats = self.buffer(image.batch * groups * 2 * 4);
                 self.step(t, Op::GroupStats { source, image, groups, eps, stats }, vec![]);
                 (source, NormSpec::Group { stats, groups, gamma, beta }, activation, vec![gamma, beta])
@@ -386,63 +210,42 @@ impl Lowering<'_> {
         }
     }
 
-    /// `t` as the operand of a GEMM.
-    fn operand_of(&mut self, t: Tensor, kind: OperandKind, border: Border) -> OperandBuf {
-        if let Some(&o) = self.operands.get(&(t, kind, border)) {
-            return o;
-        }
-        let (source, norm, activation, weights) = self.pass_into(t);
-        let image = self.image(t, border);
-        let stride = self.network.values[t.0].c.next_multiple_of(TILE_K);
-        let rows = image.operand_rows();
-        let out = match kind {
-            OperandKind::U8 => OperandBuf {
-                buf: self.buffer(rows * stride),
-                scale: Some(self.buffer(rows * 4)),
-                kind,
-                stride,
-            },
-            OperandKind::Bf16 => {
-                OperandBuf { buf: self.buffer(rows * stride * 2), scale: None, kind, stride }
-            }
-            OperandKind::F32 => OperandBuf { buf: self.buffer(rows * stride * 4), scale: None, kind, stride },
-        };
-        self.step(t, Op::Pass { source, image, norm, activation, out: PassOut::Operand(out) }, weights);
-        self.operands.insert((t, kind, border), out);
-        out
-    }
-
     fn operand_kind(&self, weight: usize) -> OperandKind {
         let encoding = self.encodings[weight].expect("a matrix has an encoding");
-        match self.precision {
+        match self.options.precision {
             Precision::Exact => OperandKind::F32,
             Precision::Fast if encoding.is_integer() => OperandKind::U8,
             _ => OperandKind::Bf16,
         }
     }
 
-    fn node(&mut self, i: usize, inputs: &mut Vec<(String, RowsBuf)>) {
+    fn weight_shape(&self, weight: usize) -> WeightShape {
+        self.network.weights()[weight].kind.shape().expect("a GEMM has a matrix")
+    }
+
+    fn weight_bytes(&self, weights: &[usize]) -> usize {
+        let bytes = |&w: &usize| self.encodings[w].map_or(0, |e| self.weight_shape(w).bytes(e));
+        weights.iter().map(bytes).sum()
+    }
+
+    fn new_operand(&mut self, kind: OperandKind, c: usize) -> OperandBuf {
+        let scale = (kind == OperandKind::U8).then(|| self.buffer(0));
+        OperandBuf { buf: self.buffer(0), scale, kind, stride: c.next_multiple_of(TILE_K) }
+    }
+
+    /// Node `i`, at place `at` of the execution order.
+    fn node(&mut self, i: usize, at: usize) {
         let t = Tensor(i);
         match self.network.nodes[i].clone() {
             Node::Input { name, ids } => {
                 let kind = if ids { RowsKind::U32 } else { RowsKind::F32 };
                 let rows = self.new_rows(t, kind);
-                inputs.push((name, rows));
+                self.inputs.push((name, rows, self.network.values[i].rate));
             }
             // Made by the pass of whoever reads them.
             Node::GroupNorm { .. } | Node::LayerNorm { .. } | Node::Activate { .. } | Node::Concat { .. } => {
             }
-            Node::Gemm { x, weight, bias, filter, border, image_bias, activation, residual } => {
-                let operand = self.operand_of(x, self.operand_kind(weight), border);
-                let image_bias = image_bias.map(|t| self.rows_of(t).buf);
-                let residual = residual.map(|t| self.rows_of(t));
-                let out = self.new_rows(t, self.rows_kind(t));
-                let input = self.image(x, border);
-                let op =
-                    Op::Gemm { operand, input, filter, weight, bias, image_bias, activation, residual, out };
-                let weights = [Some(weight), bias].into_iter().flatten().collect();
-                self.step(t, op, weights);
-            }
+            Node::Gemm { .. } => self.gemm(t, at),
             Node::Attention { q, k, v, heads, causal } => {
                 let (qd, kd) = (self.network.values[q.0].dims, self.network.values[k.0].dims);
                 let shape = AttentionShape {
@@ -452,14 +255,14 @@ impl Lowering<'_> {
                     heads,
                     d: self.network.values[q.0].c / heads,
                 };
-                let products = match self.precision {
+                let products = match self.options.precision {
                     Precision::Exact => Products::F32,
                     Precision::High => Products::Bf16,
                     Precision::Fast => Products::Int8,
                 };
                 let [q, k, v] = [q, k, v].map(|t| self.rows_of(t));
-                let workspace =
-                    self.buffer(attention::workspace_bytes(&shape, self.isa, products, self.threads));
+                let Options { isa, threads, .. } = self.options;
+                let workspace = self.buffer(attention::workspace_bytes(&shape, isa, products, threads));
                 let out = self.new_rows(t, self.rows_kind(t));
                 self.step(t, Op::Attention { shape, q, k, v, causal, products, workspace, out }, vec![]);
             }
@@ -476,103 +279,217 @@ impl Lowering<'_> {
             }
         }
     }
-}
 
-impl Op {
-    /// Buffers read, buffers written (a workspace counts as written).
-    fn buffers(&self) -> (Vec<Buf>, Vec<Buf>) {
-        let source = |s: &SourceBufs| s.iter().flatten().map(|r| r.buf).collect::<Vec<_>>();
-        let of_operand = |o: &OperandBuf| std::iter::once(o.buf).chain(o.scale).collect::<Vec<_>>();
-        match self {
-            Op::Gemm { operand, image_bias, residual, out, .. } => {
-                let mut reads = of_operand(operand);
-                reads.extend(*image_bias);
-                reads.extend(residual.map(|r| r.buf));
-                (reads, vec![out.buf])
+    fn gemm(&mut self, t: Tensor, at: usize) {
+        let Node::Gemm { x, weight, bias, filter, border, image_bias, activation, residual } =
+            self.network.nodes[t.0].clone()
+        else {
+            unreachable!("called for GEMM nodes")
+        };
+        let kind = self.operand_kind(weight);
+        let image_bias = image_bias.map(|t| self.rows_of(t).buf);
+        let residual_rows = residual.map(|t| self.rows_of(t));
+        let joins = self.joins(t, x, weight, kind, filter, border);
+        let mut ops = vec![];
+        let mut weights = vec![];
+        let operand = match joins {
+            Some(Join::Operand(operand)) => operand,
+            Some(Join::Inner) => {
+                let source = [self.rows[x.0], None];
+                let out = self.new_operand(kind, self.network.values[x.0].c);
+                ops.push(BandOp::Pass { source, norm: NormSpec::None, activation: Activation::None, out });
+                out
             }
-            Op::GroupStats { source: s, stats, .. } => (source(s), vec![*stats]),
-            Op::Pass { source: s, norm, out, .. } => {
-                let mut reads = source(s);
-                if let NormSpec::Group { stats, .. } = norm {
-                    reads.push(*stats);
+            None => {
+                let (source, norm, activation, w) = self.pass_into(x);
+                weights = w;
+                let out = self.new_operand(kind, self.network.values[x.0].c);
+                ops.push(BandOp::Pass { source, norm, activation, out });
+                out
+            }
+        };
+        weights.push(weight);
+        weights.extend(bias);
+
+        let out_kind = self.rows_kind(t);
+        let residual_dies = |l: &Self, r: Tensor| {
+            let same_rate = l.network.values[r.0].rate == l.network.values[t.0].rate;
+            let input = matches!(l.network.nodes[r.0], Node::Input { .. });
+            same_rate && !input && l.last_use[r.0].0 == at
+        };
+        let (residual, out) = match (residual, residual_rows) {
+            // A filter that reaches beyond its pixel could meet what the band before has already overwritten.
+            (Some(r), Some(rows))
+                if rows.kind == out_kind
+                    && residual_dies(self, r)
+                    && (filter == Filter::POINT || !self.reads(x, r)) =>
+            {
+                self.rows[t.0] = Some(rows);
+                (ResidualSpec::InPlace, rows)
+            }
+            (_, Some(rows)) => (ResidualSpec::Rows(rows), self.new_rows(t, out_kind)),
+            _ => (ResidualSpec::None, self.new_rows(t, out_kind)),
+        };
+        ops.push(BandOp::Gemm { operand, weight, bias, image_bias, activation, residual, out });
+
+        match joins {
+            None => {
+                let (input, output) = (self.network.values[x.0].dims, self.network.values[t.0].dims);
+                let flat = |d: Dims| Dims { batch: d.batch, h: d.h * d.w, w: 1 };
+                let (input, output) =
+                    if filter == Filter::POINT { (flat(input), flat(output)) } else { (input, output) };
+                let bands =
+                    Bands { input, filter, border, output, rows: 0, ops, local: operand_buffers(operand) };
+                self.step(t, Op::Bands(bands), weights);
+            }
+            Some(join) => {
+                let inner = self.rows[x.0].map(|r| r.buf);
+                let step = self.steps.last_mut().expect("there is a step to join");
+                step.weights.extend(weights);
+                let Op::Bands(bands) = &mut step.op else { unreachable!("only bands are joined") };
+                bands.ops.extend(ops);
+                if matches!(join, Join::Inner) {
+                    bands.local.extend(inner);
+                    bands.local.extend(operand_buffers(operand));
                 }
-                let writes = match out {
-                    PassOut::Operand(o) => of_operand(o),
-                    PassOut::Rows(r) => vec![r.buf],
-                };
-                (reads, writes)
             }
-            Op::Attention { q, k, v, workspace, out, .. } => {
-                (vec![q.buf, k.buf, v.buf], vec![*workspace, out.buf])
-            }
-            Op::Lookup { ids, out, .. } => (vec![*ids], vec![out.buf]),
-            Op::Resize { x, out, .. } => (vec![x.buf], vec![out.buf]),
         }
+    }
+
+    /// Whether the value `x` is made from `r`.
+    fn reads(&self, x: Tensor, r: Tensor) -> bool {
+        x == r
+            || match &self.network.nodes[x.0] {
+                node @ (Node::GroupNorm { .. }
+                | Node::LayerNorm { .. }
+                | Node::Activate { .. }
+                | Node::Concat { .. }) => node.inputs().into_iter().any(|t| self.reads(t, r)),
+                _ => false,
+            }
+    }
+
+    /// Whether the GEMM `t` of `x` can go on where the last step is: because that step has made the operand already, or
+    /// because it makes `x` itself, for nobody else.
+    fn joins(
+        &self,
+        t: Tensor,
+        x: Tensor,
+        weight: usize,
+        kind: OperandKind,
+        filter: Filter,
+        border: Border,
+    ) -> Option<Join> {
+        let step = self.steps.last()?;
+        let Op::Bands(bands) = &step.op else { return None };
+        let rate = |t: Tensor| self.network.values[t.0].rate;
+        let total = self.weight_bytes(&step.weights) + self.weight_bytes(&[weight]);
+        let made_by = |t: Tensor| {
+            let rows = self.rows[t.0]?.buf;
+            bands.ops.iter().find(|op| matches!(op, BandOp::Gemm { out, .. } if out.buf == rows))
+        };
+        if total > self.options.step_weight_bytes {
+            return None;
+        }
+        // The step's own rate: that of its GEMMs.
+        let last = Tensor(*self.step_nodes().last()?);
+        if rate(last) != rate(t) {
+            return None;
+        }
+        if filter == Filter::POINT
+            && bands.filter == Filter::POINT
+            && self.last_use[x.0].1 == 1
+            && made_by(x).is_some()
+        {
+            return Some(Join::Inner);
+        }
+        let Node::Gemm { x: last_x, filter: last_filter, border: last_border, .. } =
+            self.network.nodes[last.0]
+        else {
+            return None;
+        };
+        let same = last_x == x && last_filter == filter && last_border == border;
+        let operand = bands.ops.iter().rev().find_map(|op| match op {
+            BandOp::Pass { out, .. } => Some(*out),
+            BandOp::Gemm { .. } => None,
+        })?;
+        (same && operand.kind == kind).then_some(Join::Operand(operand))
+    }
+
+    /// The GEMM nodes of the last step, by the buffers they write.
+    fn step_nodes(&self) -> Vec<usize> {
+        let Some(Step { op: Op::Bands(bands), .. }) = self.steps.last() else { return vec![] };
+        let outs = bands.ops.iter().filter_map(|op| match op {
+            BandOp::Gemm { weight, .. } => Some(*weight),
+            BandOp::Pass { .. } => None,
+        });
+        let node = |w: usize| {
+            self.network.nodes.iter().position(|n| matches!(n, Node::Gemm { weight, .. } if *weight == w))
+        };
+        outs.filter_map(node).collect()
     }
 }
 
-/// Lives and places of the buffers.
-fn finish(
-    network: &Network,
-    encodings: &[Option<Encoding>],
-    bytes: Vec<usize>,
-    steps: Vec<Step>,
-    prologue: usize,
-    inputs: Vec<(String, RowsBuf)>,
-    outputs: Vec<(String, RowsBuf, Tensor)>,
-) -> Plan {
-    let end = steps.len();
-    let mut lives: Vec<Life> =
-        bytes.into_iter().map(|bytes| Life { bytes, first: usize::MAX, last: 0 }).collect();
-    let touch = |lives: &mut Vec<Life>, buf: Buf, at: usize| {
-        lives[buf].first = lives[buf].first.min(at);
-        lives[buf].last = lives[buf].last.max(at);
-    };
-    for (i, step) in steps.iter().enumerate() {
-        let (reads, writes) = step.op.buffers();
-        for buf in reads.into_iter().chain(writes) {
-            touch(&mut lives, buf, i);
-        }
-    }
-    // Inputs are written before the first step of their rate, outputs are read after the last step.
-    for (name, rows) in &inputs {
-        let i = network.nodes.iter().position(|n| matches!(n, Node::Input { name: m, .. } if m == name));
-        let rate = network.values[i.expect("an input is a node")].rate;
-        touch(&mut lives, rows.buf, if rate == Rate::Run { 0 } else { prologue });
-    }
-    for (_, rows, _) in &outputs {
-        touch(&mut lives, rows.buf, end);
-    }
-    // What the prologue leaves for the steps outlives them all, in a part of the arena of its own.
-    let persistent: Vec<bool> = lives.iter().map(|l| l.first < prologue && l.last >= prologue).collect();
-    let split = |keep: bool| -> (Vec<usize>, Vec<Life>) {
-        (0..lives.len()).filter(|&i| persistent[i] == keep).map(|i| (i, lives[i].clone())).unzip()
-    };
-    let mut regions = vec![Region::default(); lives.len()];
-    let mut sizes = [0; 2];
-    for keep in [false, true] {
-        let (ids, mut chosen) = split(keep);
-        if keep {
-            for life in &mut chosen {
-                (life.first, life.last) = (0, end);
+/// How a GEMM goes on in a step.
+#[derive(Clone, Copy, Debug)]
+enum Join {
+    /// Its operand is there.
+    Operand(OperandBuf),
+    /// What it reads is made there, and stays inside.
+    Inner,
+}
+
+fn operand_buffers(o: OperandBuf) -> Vec<Buf> {
+    std::iter::once(o.buf).chain(o.scale).collect()
+}
+
+/// Chooses the rows of a band so that what is local to it takes `target` bytes, and sizes those buffers.
+fn size_bands(bands: &mut Bands, target: usize, bytes: &mut [usize]) {
+    // Bytes per output row and image, about: inner values, and operands over the input rows behind an output row.
+    let row = |b: &Bands| {
+        let mut sum = 0;
+        for (i, op) in b.ops.iter().enumerate() {
+            match op {
+                BandOp::Pass { out, .. } => {
+                    let (w, per) = if i == 0 {
+                        let border = b.border.left + b.border.right;
+                        (b.input.w + border, b.input.h.div_ceil(b.output.h))
+                    } else {
+                        (b.output.w, 1)
+                    };
+                    sum += w * per * out.stride * out.kind.bytes();
+                }
+                BandOp::Gemm { out, .. } if b.local.contains(&out.buf) => {
+                    sum += b.output.w * out.c * out.kind.bytes();
+                }
+                BandOp::Gemm { .. } => {}
             }
         }
-        let (places, total) = place(&chosen);
-        for (i, r) in ids.into_iter().zip(places) {
-            regions[i] = r;
-        }
-        sizes[keep as usize] = total;
+        sum.max(1)
+    };
+    let all = bands.output.batch * bands.output.h;
+    let mut rows = (target / row(bands)).clamp(1, all);
+    if bands.filter.upsample {
+        rows = rows.next_multiple_of(2); // bands begin at even rows
     }
-    Plan {
-        steps,
-        prologue,
-        weights: network.weights().to_vec(),
-        encodings: encodings.to_vec(),
-        inputs,
-        outputs,
-        regions,
-        persistent,
-        persistent_bytes: sizes[1].next_multiple_of(4096),
-        transient_bytes: sizes[0],
+    bands.rows = rows;
+    let (mut operand_rows, mut pixels) = (0, 0);
+    for band in bands.bands() {
+        operand_rows = operand_rows.max(bands.window(band).shape.operand_rows());
+        pixels = pixels.max(band.images * band.rows * bands.output.w);
+    }
+    for (i, op) in bands.ops.iter().enumerate() {
+        match op {
+            BandOp::Pass { out, .. } => {
+                let rows = if i == 0 { operand_rows } else { pixels };
+                bytes[out.buf] = rows * out.stride * out.kind.bytes();
+                if let Some(scale) = out.scale {
+                    bytes[scale] = rows * 4;
+                }
+            }
+            BandOp::Gemm { out, .. } if bands.local.contains(&out.buf) => {
+                bytes[out.buf] = pixels * out.c * out.kind.bytes();
+            }
+            BandOp::Gemm { .. } => {}
+        }
     }
 }

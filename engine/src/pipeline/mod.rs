@@ -22,7 +22,7 @@ pub use vae::Image;
 use crate::card::Card;
 use crate::error::{Error, Result};
 use crate::format::ModelFile;
-use crate::graph::{Network, Plan};
+use crate::graph::{Network, Options, Plan};
 use crate::memory;
 use crate::rng::Rng;
 use crate::sampler::{self, Run};
@@ -74,7 +74,7 @@ impl Pipeline {
     fn plan(&self, network: &Network) -> Result<Plan> {
         let encodings = weights::encodings(&self.file, network.weights())?;
         let Settings { precision, isa, threads, .. } = self.settings;
-        Ok(Plan::new(network, &encodings, precision, isa, threads))
+        Ok(Plan::new(network, &encodings, Options::new(precision, isa, threads)))
     }
 
     /// Makes a picture. `event` is told of each layer and step and can stop the run.

@@ -17,6 +17,8 @@ pub(crate) static KERNELS: &[&GemmKernel] = &[
     &x86::avx512::GEMM_S16S16,
     &x86::avx512::GEMM_F32,
     &x86::avx512vnni::GEMM_U8S8,
+    &x86::amx::GEMM_U8S8,
+    &x86::amx::GEMM_BF16,
 ];
 
 /// The table of [`crate::gemm::kernels`].

@@ -71,7 +71,12 @@ struct Buffers<'s> {
 }
 
 /// Runs `call` with `kernel`. The caller has checked the shapes.
-pub(super) fn run(workers: &Workers, kernel: &'static GemmKernel, call: Gemm<'_>) {
+pub(super) fn run(
+    workers: &Workers,
+    kernel: &'static GemmKernel,
+    call: Gemm<'_>,
+    rows: Option<Range<usize>>,
+) {
     let Gemm { operand, input, filter, weight, epilogue, out } = call;
     let widens = !matches!(
         (operand, kernel.types),
@@ -87,7 +92,7 @@ pub(super) fn run(workers: &Workers, kernel: &'static GemmKernel, call: Gemm<'_>
     };
     let chunks = chunks(&weight, kernel, widens, unpacks, by_tap);
     let keeps = !chunks.iter().all(|chunk| chunk.first && chunk.last);
-    let geometry = Geometry::new(&input, &filter, kernel.mr, epilogue.image_bias.is_some());
+    let geometry = Geometry::new(&input, &filter, kernel.mr, epilogue.image_bias.is_some(), rows);
     let out = match out {
         RowsMut::F32(out) => Out::F32(Shared::new(out)),
         RowsMut::Bf16(out) => Out::Bf16(Shared::new(out)),
@@ -351,6 +356,7 @@ impl<'a> Plan<'a> {
             bias: &bias,
             activation,
             residual: self.epilogue.residual,
+            accumulate: self.epilogue.accumulate,
             out: &self.out,
             ldo: activation.columns(n),
             row: tile.row,
@@ -416,7 +422,7 @@ impl Columns {
 }
 
 /// Checks that the shapes of `call` agree.
-pub(super) fn check(call: &Gemm<'_>) {
+pub(super) fn check(call: &Gemm<'_>, rows: Option<&Range<usize>>) {
     let Gemm { operand, input, filter, weight, epilogue, out } = call;
     let shape = weight.shape;
     assert_eq!(filter.kh * filter.kw, shape.taps, "{filter:?} with {shape:?}");
@@ -445,7 +451,8 @@ pub(super) fn check(call: &Gemm<'_>) {
         Operand::F32(rows) => assert_eq!(rows.len(), elements, "operand of {input:?} with {shape:?}"),
     }
     let (h, w) = filter.output(input);
-    let m = input.batch * h * w;
+    assert!(rows.is_none_or(|r| r.start <= r.end && r.end <= h), "rows {rows:?} of {h}");
+    let m = input.batch * rows.map_or(h, |r| r.len()) * w;
     if epilogue.activation == Activation::Geglu {
         assert!(shape.n.is_multiple_of(TILE_COLUMNS), "value and gate panels of {shape:?}");
     }

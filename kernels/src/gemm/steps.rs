@@ -248,6 +248,8 @@ pub(crate) struct Finish<'a> {
     pub(crate) bias: &'a [f32; TILE_COLUMNS],
     pub(crate) activation: Activation,
     pub(crate) residual: Option<Rows<'a>>,
+    /// Whether the rows are added to what `out` holds.
+    pub(crate) accumulate: bool,
     /// `[m, ldo]`.
     pub(crate) out: &'a Out<'a>,
     /// Columns of a row of `out`.
@@ -316,6 +318,9 @@ fn finish_rows(args: &Finish<'_>, activation: impl Fn([f32; TILE_COLUMNS]) -> [f
             Out::F32(out) => {
                 // SAFETY: this task alone finishes these rows and columns, one row at a time.
                 let out = unsafe { out.slice(at, args.columns) };
+                if args.accumulate {
+                    y.iter_mut().zip(&*out).for_each(|(y, x)| *y += x);
+                }
                 match <&mut [f32; TILE_COLUMNS]>::try_from(&mut *out) {
                     Ok(out) => *out = y,
                     Err(_) => out.copy_from_slice(&y[..args.columns]),
@@ -324,6 +329,9 @@ fn finish_rows(args: &Finish<'_>, activation: impl Fn([f32; TILE_COLUMNS]) -> [f
             Out::Bf16(out) => {
                 // SAFETY: as above.
                 let out = unsafe { out.slice(at, args.columns) };
+                if args.accumulate {
+                    y.iter_mut().zip(&*out).for_each(|(y, &x)| *y += from_bf16(x));
+                }
                 let y = y.map(to_bf16);
                 match <&mut [bf16; TILE_COLUMNS]>::try_from(&mut *out) {
                     Ok(out) => *out = y,

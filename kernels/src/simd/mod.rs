@@ -22,6 +22,8 @@ pub const MAX_LANES: usize = 16;
 pub trait Simd: Copy + Send + Sync + 'static {
     /// Lanes of a vector, at most [`MAX_LANES`].
     const LANES: usize;
+    /// Vectors that fit in the registers.
+    const REGISTERS: usize;
     /// `LANES` f32.
     type F: Copy;
 
@@ -80,6 +82,56 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn max_lane(self, a: Self::F) -> f32;
     /// Transposes `LANES` vectors: `rows[i][j]` becomes `rows[j][i]`.
     fn transpose(self, rows: &mut [Self::F]);
+}
+
+/// The types that tensors have in memory.
+pub trait Element: Copy + Send + Sync + 'static {
+    /// Loads `S::LANES` elements.
+    fn load<S: Simd>(s: S, src: &[Self]) -> S::F;
+    /// Loads all of `src`, fewer than `S::LANES` elements.
+    fn load_partial<S: Simd>(s: S, src: &[Self]) -> S::F;
+    /// Stores `S::LANES` elements.
+    fn store<S: Simd>(s: S, v: S::F, dst: &mut [Self]);
+    /// Stores the first `dst.len() < S::LANES` lanes.
+    fn store_partial<S: Simd>(s: S, v: S::F, dst: &mut [Self]);
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn load<S: Simd>(s: S, src: &[f32]) -> S::F {
+        s.load(src)
+    }
+    #[inline(always)]
+    fn load_partial<S: Simd>(s: S, src: &[f32]) -> S::F {
+        s.load_partial(src)
+    }
+    #[inline(always)]
+    fn store<S: Simd>(s: S, v: S::F, dst: &mut [f32]) {
+        s.store(v, dst);
+    }
+    #[inline(always)]
+    fn store_partial<S: Simd>(s: S, v: S::F, dst: &mut [f32]) {
+        s.store_partial(v, dst);
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    fn load<S: Simd>(s: S, src: &[bf16]) -> S::F {
+        s.load_bf16(src)
+    }
+    #[inline(always)]
+    fn load_partial<S: Simd>(s: S, src: &[bf16]) -> S::F {
+        s.load_bf16_partial(src)
+    }
+    #[inline(always)]
+    fn store<S: Simd>(s: S, v: S::F, dst: &mut [bf16]) {
+        s.store_bf16(v, dst);
+    }
+    #[inline(always)]
+    fn store_partial<S: Simd>(s: S, v: S::F, dst: &mut [bf16]) {
+        s.store_bf16_partial(v, dst);
+    }
 }
 
 /// A computation written over [`Simd`]. `run` and what it calls should be `#[inline(always)]`.

@@ -58,6 +58,7 @@ impl Neon {
 
 impl Simd for Neon {
     const LANES: usize = 4;
+    const REGISTERS: usize = 32;
     type F = float32x4_t;
 
     #[inline(always)]

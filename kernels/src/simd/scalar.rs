@@ -30,6 +30,7 @@ fn code(x: f32) -> u8 {
 
 impl Simd for Scalar {
     const LANES: usize = N;
+    const REGISTERS: usize = 16;
     type F = [f32; N];
 
     #[inline(always)]

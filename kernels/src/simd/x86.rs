@@ -92,6 +92,7 @@ impl Avx2 {
 
 impl Simd for Avx2 {
     const LANES: usize = 8;
+    const REGISTERS: usize = 16;
     type F = __m256;
 
     #[inline(always)]
@@ -285,6 +286,7 @@ impl Avx512 {
 
 impl Simd for Avx512 {
     const LANES: usize = 16;
+    const REGISTERS: usize = 32;
     type F = __m512;
 
     #[inline(always)]

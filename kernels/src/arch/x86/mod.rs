@@ -1,5 +1,6 @@
 //! x86-64: AVX2 to AMX.
 
+pub(crate) mod amx;
 pub(crate) mod avx2;
 pub(crate) mod avx512;
 pub(crate) mod avx512vnni;

@@ -1,6 +1,6 @@
 """Tiny Stable Diffusion models with random weights, and what diffusers makes of them in f32.
 
-    python make_goldens.py [--out FOLDER] [NAME ...]
+    python make_models.py [--out FOLDER] [NAME ...]
 
 writes, for each of the models below, a diffusers folder NAME/ with f16 weights and NAME/golden.safetensors. The networks
 have every part that their large relatives have, at widths of 16 to 64; the latents are 9 x 7, so that each change of
@@ -9,10 +9,10 @@ resolution meets an odd size. Tensors of golden.safetensors (f32, ids int32), th
     input_ids, input_ids_2   [2, 77]           of "" and of the metadata's `prompt`, for each tokenizer
     text_embeddings          [2, 77, d]        what the denoiser is conditioned on, both encoders joined
     pooled                   [2, p]            pooled embeddings of the last encoder
-    size_ids                 [2, 5 or 6]       size conditioning, as fed to the denoiser
+    size_ids                 [2, 5 or 6]       size conditioning of a picture of 56 x 72, not cropped, as fed to the denoiser
     latents                  [1, in, 9, 7]     input of the denoiser
     timestep                 [2]               one for each pass
-    guidance_embedding       [1, g]            input of time_embedding.cond_proj
+    guidance_embedding       [1, g]            input of time_embedding.cond_proj, for a guidance scale of 8
     prediction               [2, 4, 9, 7]      output of the denoiser for each row of text_embeddings at its timestep
     vae_latents              [1, 4, 9, 7]      input of the decoder (post_quant_conv), scaling already undone
     vae_decoded              [1, 3, 72, 56]
@@ -28,7 +28,7 @@ import math
 import os
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, LatentConsistencyModelPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -182,11 +182,11 @@ def make(name, spec, out):
     times, predictions = torch.tensor([981., 261.]), []
     more = {}
     if "addition_embed_type" in spec["unet"]:
-        sizes = [[72., 56., 8., 0., 72., 56.], [144., 96., 0., 16., 72., 56.]] if len(parts) == 2 else [[72., 56., 0., 0., 2.5], [72., 56., 8., 0., 6.]]
         golden["pooled"] = parts[-1][3]
-        golden["size_ids"] = torch.tensor(sizes)
+        golden["size_ids"] = torch.tensor([[72., 56., 0., 0., 72., 56.] if len(parts) == 2 else [72., 56., 0., 0., 6.]] * 2)
     if spec["unet"].get("time_cond_proj_dim"):
-        golden["guidance_embedding"] = torch.randn((1, spec["unet"]["time_cond_proj_dim"]), generator=g)
+        embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+        golden["guidance_embedding"] = embed(None, torch.tensor([8. - 1]), spec["unet"]["time_cond_proj_dim"])
         more["timestep_cond"] = golden["guidance_embedding"]
     for i in range(2):
         if "pooled" in golden:
