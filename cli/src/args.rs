@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use convert::Quant;
+use engine::card::{Family, Prediction};
 use engine::pipeline::Noise;
 use engine::precision::Precision;
 use kernels::Isa;
@@ -123,12 +125,73 @@ pub struct Info {
     pub file: PathBuf,
 }
 
-/// Checkpoint in, `.sdq` out.
+/// Pack a Stable Diffusion checkpoint into one .sdq file.
 #[derive(Debug, Parser)]
-#[command(name = "sdconv", version)]
+#[command(name = "sdconv", version, args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
 pub struct Sdconv {
-    /// Checkpoint.
-    pub checkpoint: PathBuf,
+    /// Something else than converting.
+    #[command(subcommand)]
+    pub command: Option<ConvertCommand>,
+    /// Converting.
+    #[command(flatten)]
+    pub convert: Convert,
+}
+
+/// Commands of `sdconv`.
+#[derive(Debug, Subcommand)]
+pub enum ConvertCommand {
+    /// Show what is in a checkpoint or an .sdq file.
+    Inspect(Inspect),
+}
+
+/// `sdconv CHECKPOINT`
+#[derive(Debug, Args)]
+pub struct Convert {
+    /// A .safetensors, .ckpt, .pt or .gguf file, or a folder in the layout of diffusers.
+    pub checkpoint: Option<PathBuf>,
+    /// File to write [default: the checkpoint's name and .q8.sdq, in this folder].
+    #[arg(short, long, value_name = "FILE.sdq")]
+    pub output: Option<PathBuf>,
+    /// How far weights are quantized.
+    #[arg(long, value_name = "BITS", default_value = "q8")]
+    pub quant: QuantArg,
+    /// Keep weights whose names fit at an encoding, as 'vae.*=f16'; may be repeated, the last that fits counts.
+    #[arg(long, value_name = "GLOB=ENCODING")]
+    pub keep: Vec<String>,
+    /// Take the VAE from this file or folder.
+    #[arg(long, value_name = "FILE")]
+    pub vae: Option<PathBuf>,
+    /// What the checkpoint must be [default: recognized].
+    #[arg(long, value_name = "NAME")]
+    pub family: Option<FamilyArg>,
+    /// What the network predicts, where the checkpoint doesn't say it.
+    #[arg(long, value_name = "KIND")]
+    pub prediction: Option<PredictionArg>,
+    /// Folder in the layout of diffusers with the configuration of an unusual model.
+    #[arg(long, value_name = "FOLDER")]
+    pub config: Option<PathBuf>,
+    /// Write what became of each tensor.
+    #[arg(long, value_name = "FILE.json")]
+    pub report: Option<PathBuf>,
+    /// Threads [default: all processors].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Replace an existing file; convert in spite of tensors that don't belong.
+    #[arg(long)]
+    pub force: bool,
+    /// How much is said.
+    #[command(flatten)]
+    pub voice: Voice,
+}
+
+/// `sdconv inspect`
+#[derive(Debug, Args)]
+pub struct Inspect {
+    /// A checkpoint, a folder, or an .sdq file.
+    pub file: PathBuf,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Values of `--precision`.
@@ -166,6 +229,69 @@ impl From<RngArg> for Noise {
         match value {
             RngArg::Torch => Noise::Torch,
             RngArg::Philox => Noise::Philox,
+        }
+    }
+}
+
+/// Values of `--quant`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum QuantArg {
+    /// 8 bits: no visible difference.
+    Q8,
+    /// A mix of 4 and 8 bits.
+    Q4,
+    /// 16 bits.
+    F16,
+}
+
+impl From<QuantArg> for Quant {
+    fn from(value: QuantArg) -> Self {
+        match value {
+            QuantArg::Q8 => Quant::Q8,
+            QuantArg::Q4 => Quant::Q4,
+            QuantArg::F16 => Quant::F16,
+        }
+    }
+}
+
+/// Values of `--family`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum FamilyArg {
+    /// Stable Diffusion 1.x.
+    Sd15,
+    /// Stable Diffusion 2.x.
+    Sd2,
+    /// Stable Diffusion XL.
+    Sdxl,
+    /// The SDXL refiner.
+    SdxlRefiner,
+}
+
+impl From<FamilyArg> for Family {
+    fn from(value: FamilyArg) -> Self {
+        match value {
+            FamilyArg::Sd15 => Family::Sd15,
+            FamilyArg::Sd2 => Family::Sd2,
+            FamilyArg::Sdxl => Family::Sdxl,
+            FamilyArg::SdxlRefiner => Family::SdxlRefiner,
+        }
+    }
+}
+
+/// Values of `--prediction`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum PredictionArg {
+    /// The noise.
+    Epsilon,
+    /// The velocity.
+    V,
+}
+
+impl From<PredictionArg> for Prediction {
+    fn from(value: PredictionArg) -> Self {
+        match value {
+            PredictionArg::Epsilon => Prediction::Epsilon,
+            PredictionArg::V => Prediction::V,
         }
     }
 }

@@ -74,6 +74,12 @@ impl From<engine::format::Error> for Failure {
     }
 }
 
+impl From<convert::Error> for Failure {
+    fn from(error: convert::Error) -> Self {
+        Failure { hint: error.hint(), ..Failure::new(error.to_string()) }
+    }
+}
+
 /// Arguments that clap refuses, or help and version, which aren't failures.
 pub(crate) fn from_clap(error: clap::Error) -> Failure {
     let text = error.render().to_string();

@@ -3,11 +3,11 @@
 use std::fs::File;
 use std::io::Read;
 
-use engine::format::{self, ModelFile};
+use engine::format;
 
-use crate::args::Info;
+use crate::args::{Info, Inspect};
 use crate::failure::{Failure, Result};
-use crate::{picture, size, terminal};
+use crate::{inspect, picture, terminal};
 
 /// Larger pictures hold more than one can look at.
 const MAX_PICTURE: u64 = 1 << 30;
@@ -33,43 +33,8 @@ pub(crate) fn run(arguments: &Info) -> Result<()> {
         return Ok(());
     }
     if head == format::MAGIC {
-        terminal::print(&describe(&ModelFile::open(path)?));
-        return Ok(());
+        return inspect::run(&Inspect { file: path.clone(), json: false });
     }
     Err(Failure::new(format!("{} is neither a PNG picture nor an .sdq model", path.display()))
         .hint("`sdconv inspect FILE` looks at checkpoints"))
-}
-
-/// A model's card, for people.
-pub(crate) fn describe(file: &ModelFile) -> String {
-    let card = file.card();
-    let d = &card.defaults;
-    let s = &card.schedule;
-    let mut lines = vec![
-        format!("family      {}", word(&card.family)),
-        format!("quant       {}", card.provenance.quant),
-        format!("size        {}", size::bytes(file.file_bytes())),
-        format!("prediction  {}", word(&s.prediction_type)),
-        format!(
-            "defaults    {}x{}, {} steps of {}, cfg {:?}",
-            d.width, d.height, d.steps, d.sampler, d.guidance_scale
-        ),
-        format!("made by     {}", card.provenance.converter),
-    ];
-    for part in file.parts() {
-        let tensors = &file.tensors()[part.tensors.clone()];
-        lines.push(format!(
-            "part        {:<15} {:>10}, {} tensors",
-            part.name,
-            size::bytes(part.len),
-            tensors.len()
-        ));
-    }
-    lines.join("\n")
-}
-
-/// The name that the card has for it.
-fn word(value: &impl serde::Serialize) -> String {
-    let value = serde_json::to_value(value).expect("names are plain data");
-    value.as_str().unwrap_or_default().to_string()
 }

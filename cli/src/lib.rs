@@ -4,10 +4,12 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+mod convert_checkpoint;
 mod demo;
 mod failure;
 mod generate;
 mod info;
+mod inspect;
 mod interrupt;
 mod latents;
 mod list_kernels;
@@ -24,8 +26,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use args::{Command, Sdconv, Sdfast};
-use failure::{Failure, Result};
+use args::{Command, ConvertCommand, Sdconv, Sdfast};
+use failure::Result;
 
 /// Runs `work` with the program's arguments: exit code 0 when it is done, 1 when the request can't be met, 2 for a fault of
 /// the program.
@@ -54,6 +56,9 @@ pub fn sdfast(arguments: Sdfast) -> Result<()> {
 }
 
 /// The program `sdconv`.
-pub fn sdconv(_: Sdconv) -> Result<()> {
-    Err(Failure::new("not yet"))
+pub fn sdconv(arguments: Sdconv) -> Result<()> {
+    match arguments.command {
+        Some(ConvertCommand::Inspect(arguments)) => inspect::run(&arguments),
+        None => convert_checkpoint::run(arguments.convert),
+    }
 }

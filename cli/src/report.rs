@@ -73,7 +73,13 @@ impl Generated {
     }
 }
 
-/// One object, one line per field of the first level is not promised: it is JSON.
+/// JSON for people and programs.
 pub(crate) fn to_json(value: &impl Serialize) -> String {
     serde_json::to_string_pretty(value).expect("reports are plain data")
+}
+
+/// The name that a card has for a value.
+pub(crate) fn word(value: &impl Serialize) -> String {
+    let value = serde_json::to_value(value).expect("names are plain data");
+    value.as_str().unwrap_or_default().to_string()
 }

@@ -9,7 +9,7 @@ use crate::card::{BetaSchedule, Prediction, ScheduleConfig, TimestepSpacing};
 use crate::error::{Error, Result};
 
 /// What stands for a share of zero where it is divided by: the smallest positive half-precision number, as in diffusers.
-const SMALLEST_ALPHA: f64 = 1.0 / (1 << 24) as f64;
+pub(crate) const SMALLEST_ALPHA: f64 = 1.0 / (1 << 24) as f64;
 
 /// A noise schedule, in numbers.
 #[derive(Clone, Debug)]
@@ -90,6 +90,14 @@ impl Schedule {
             }
         };
         (0..steps).map(|i| at(i).clamp(0.0, last)).collect()
+    }
+
+    /// As [`Schedule::timesteps`], in whole numbers, for methods whose last step ends where another timestep would stand.
+    pub fn timesteps_before_last(&self, steps: usize) -> Vec<f64> {
+        let more = self.spacing != TimestepSpacing::Trailing && steps < self.train_timesteps();
+        let mut timesteps = self.timesteps(steps + usize::from(more));
+        timesteps.truncate(steps);
+        timesteps.iter().map(|t| t.round_ties_even()).collect()
     }
 
     /// The noise levels that a run of `steps` visits.

@@ -3,9 +3,9 @@
   python make_golden.py            writes noise.json, schedules.json and tokens.json beside this file
 
 noise.json: {"torch": [{"seed", "calls": [[numbers of one randn] ...]}], "sum": {"seed", "shape", "sum", "first"}}
-schedules.json: a list of {"config", "sampler", "steps", "timesteps", "init_noise_sigma", "latents" (after every evaluation)}.
-  Latents start from randn(20) of seed 1 times init_noise_sigma; the model output of an evaluation is half the scaled input plus
-  randn(20) of one generator of seed 2; a sampler's own noise comes from one generator of seed 3.
+schedules.json: a list of {"config", "sampler", "spread", "steps", "timesteps", "init_noise_sigma", "latents" (after every evaluation)}.
+  Latents start from randn(8) of seed 1 times init_noise_sigma; the model output of an evaluation is half the scaled input plus
+  randn(8) of one generator of seed 2; a sampler's own noise comes from one generator of seed 3.
 tokens.json: a list of {"text", "repeat", "ids"}: the ids of the text repeated so often, without begin, end, padding.
 """
 import inspect
@@ -14,7 +14,8 @@ import os
 import warnings
 
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import (DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
+                       HeunDiscreteScheduler, LCMScheduler)
 from transformers import CLIPTokenizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -48,8 +49,14 @@ def card(config):
 
 def schedules():
     samplers = {
-        "ddim": lambda c: DDIMScheduler(**c, clip_sample=False),
-        "euler": lambda c: EulerDiscreteScheduler(**{k: v for k, v in c.items() if k != "set_alpha_to_one"}),
+        "ddim": (DDIMScheduler, {"clip_sample": False}, "model"),
+        "euler": (EulerDiscreteScheduler, {}, "model"),
+        "euler_a": (EulerAncestralDiscreteScheduler, {}, "model"),
+        "heun": (HeunDiscreteScheduler, {}, "model"),
+        "dpmpp_2m": (DPMSolverMultistepScheduler, {}, "model"),
+        "dpmpp_2m karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}, "karras"),
+        "dpmpp_2m_sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, "model"),
+        "lcm": (LCMScheduler, {}, "model"),
     }
     base = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
                 set_alpha_to_one=False, prediction_type="epsilon", timestep_spacing="leading", rescale_betas_zero_snr=False)
@@ -57,22 +64,25 @@ def schedules():
                {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}, {"prediction_type": "v_prediction"},
                {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}]
     rows = []
-    for name, make in samplers.items():
-        for change in changes:
+    for name, (make, more_config, spread) in samplers.items():
+        known = inspect.signature(make.__init__).parameters
+        for change in changes[:1] if spread != "model" else changes:
             config = {**base, **change}
             for steps in (1, 4, 7):
-                s = make(config)
+                if not all(k in known for k in change):
+                    continue
+                s = make(**{k: v for k, v in config.items() if k in known}, **more_config)
                 s.set_timesteps(steps)
                 start, outputs, own = (torch.Generator("cpu").manual_seed(n) for n in (1, 2, 3))
-                x = torch.randn(20, generator=start) * s.init_noise_sigma
+                x = torch.randn(8, generator=start) * s.init_noise_sigma
                 latents = []
                 for t in s.timesteps:
                     y = s.scale_model_input(x, t)
-                    out = torch.randn(20, generator=outputs) + 0.5 * y
+                    out = torch.randn(8, generator=outputs) + 0.5 * y
                     more = {"generator": own} if "generator" in inspect.signature(s.step).parameters else {}
                     x = s.step(out, t, x, **more).prev_sample
-                    latents.append(x.tolist())
-                rows.append({"config": card(config), "sampler": name, "steps": steps, "latents": latents,
+                    latents.append([float(f"{v:.9g}") for v in x.tolist()])
+                rows.append({"config": card(config), "sampler": name.split()[0], "spread": spread, "steps": steps, "latents": latents,
                              "timesteps": s.timesteps.tolist(), "init_noise_sigma": float(s.init_noise_sigma)})
     write("schedules.json", rows)
 

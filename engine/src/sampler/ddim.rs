@@ -3,6 +3,7 @@
 use super::{Run, Sampler, combine};
 use crate::card::Prediction;
 use crate::rng::Rng;
+use crate::schedule::SMALLEST_ALPHA;
 
 /// Steps are linear in the latents and the prediction, so each is a pair of factors.
 struct Ddim {
@@ -34,7 +35,7 @@ fn factors(a: f64, previous: f64, prediction: Prediction) -> (f32, f32) {
     let (latents, output) = match prediction {
         Prediction::Epsilon => {
             // No picture is left to divide by at a share of zero.
-            let alpha = alpha.max(1.0 / f64::from(1 << 12));
+            let alpha = alpha.max(SMALLEST_ALPHA.sqrt());
             (alpha_to / alpha, sigma_to - alpha_to * sigma / alpha)
         }
         Prediction::V => (alpha_to * alpha + sigma_to * sigma, sigma_to * alpha - alpha_to * sigma),

@@ -4,7 +4,12 @@
 #![forbid(unsafe_code)]
 
 mod ddim;
+mod dpmpp_2m;
 mod euler;
+mod euler_ancestral;
+mod heun;
+mod lcm;
+mod sigma;
 
 use crate::error::{Error, Result};
 use crate::rng::Rng;
@@ -54,9 +59,15 @@ pub struct Entry {
 }
 
 /// Every sampler.
+#[rustfmt::skip]
 pub static SAMPLERS: &[Entry] = &[
     Entry { name: "ddim", label: "DDIM", takes_schedule: false, new: ddim::new },
     Entry { name: "euler", label: "Euler", takes_schedule: true, new: euler::new },
+    Entry { name: "euler_a", label: "Euler a", takes_schedule: true, new: euler_ancestral::new },
+    Entry { name: "heun", label: "Heun", takes_schedule: true, new: heun::new },
+    Entry { name: "dpmpp_2m", label: "DPM++ 2M", takes_schedule: true, new: dpmpp_2m::new },
+    Entry { name: "dpmpp_2m_sde", label: "DPM++ 2M SDE", takes_schedule: true, new: dpmpp_2m::new_sde },
+    Entry { name: "lcm", label: "LCM", takes_schedule: false, new: lcm::new },
 ];
 
 /// The names in the table.
@@ -70,10 +81,15 @@ pub fn find(name: &str) -> Result<&'static Entry> {
     SAMPLERS.iter().find(|entry| entry.name == name).ok_or_else(unknown)
 }
 
-/// `latents = a * latents + b * model_output`.
-fn combine(latents: &mut [f32], a: f32, model_output: &[f32], b: f32) {
-    assert_eq!(latents.len(), model_output.len(), "latents and model output");
-    latents.iter_mut().zip(model_output).for_each(|(x, m)| *x = a * *x + b * m);
+/// `latents = a * latents + b * other`.
+fn combine(latents: &mut [f32], a: f32, other: &[f32], b: f32) {
+    assert_eq!(latents.len(), other.len(), "latents and what is added to them");
+    latents.iter_mut().zip(other).for_each(|(x, y)| *x = a * *x + b * y);
+}
+
+/// `latents += factor * other`.
+fn add(latents: &mut [f32], other: &[f32], factor: f32) {
+    combine(latents, 1.0, other, factor);
 }
 
 /// `out = latents * factor`.
