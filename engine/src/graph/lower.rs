@@ -68,7 +68,14 @@ pub(super) fn lower(network: &Network, encodings: &[Option<Encoding>], options: 
             prologue = l.steps.len();
         }
     }
-    let outputs: Vec<_> = network.outputs.iter().map(|(name, t)| (name.clone(), l.rows_of(*t))).collect();
+    let mut outputs = vec![];
+    for (name, t) in &network.outputs {
+        let prologue_only = prologue == l.steps.len();
+        outputs.push((name.clone(), l.rows_of(*t)));
+        if prologue_only && network.values[t.0].rate == Rate::Run {
+            prologue = l.steps.len(); // a norm that nobody but the caller reads is made here
+        }
+    }
     let Lowering { mut bytes, mut steps, inputs, .. } = l;
     for step in &mut steps {
         if let Op::Bands(b) = &mut step.op {
@@ -385,7 +392,13 @@ impl Lowering<'_> {
         let total = self.weight_bytes(&step.weights) + self.weight_bytes(&[weight]);
         let made_by = |t: Tensor| {
             let rows = self.rows[t.0]?.buf;
-            bands.ops.iter().find(|op| matches!(op, BandOp::Gemm { out, .. } if out.buf == rows))
+            // A sum that goes where its residual was is whole: it can't be local.
+            bands.ops.iter().find(|op| match op {
+                BandOp::Gemm { out, residual, .. } => {
+                    out.buf == rows && !matches!(residual, ResidualSpec::InPlace)
+                }
+                BandOp::Pass { .. } => false,
+            })
         };
         if total > self.options.step_weight_bytes {
             return None;
