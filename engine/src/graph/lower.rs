@@ -69,6 +69,9 @@ pub(super) fn lower(network: &Network, encodings: &[Option<Encoding>], options: 
         }
     }
     let outputs: Vec<_> = network.outputs.iter().map(|(name, t)| (name.clone(), l.rows_of(*t))).collect();
+    if network.values.iter().all(|v| v.rate == Rate::Run) {
+        prologue = l.steps.len(); // an output's own pass included
+    }
     let Lowering { mut bytes, mut steps, inputs, .. } = l;
     for step in &mut steps {
         if let Op::Bands(b) = &mut step.op {
