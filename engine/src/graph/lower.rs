@@ -68,13 +68,9 @@ pub(super) fn lower(network: &Network, encodings: &[Option<Encoding>], options: 
             prologue = l.steps.len();
         }
     }
-    let mut outputs = vec![];
-    for (name, t) in &network.outputs {
-        let prologue_only = prologue == l.steps.len();
-        outputs.push((name.clone(), l.rows_of(*t)));
-        if prologue_only && network.values[t.0].rate == Rate::Run {
-            prologue = l.steps.len(); // a norm that nobody but the caller reads is made here
-        }
+    let outputs: Vec<_> = network.outputs.iter().map(|(name, t)| (name.clone(), l.rows_of(*t))).collect();
+    if network.values.iter().all(|v| v.rate == Rate::Run) {
+        prologue = l.steps.len(); // an output's own pass included
     }
     let Lowering { mut bytes, mut steps, inputs, .. } = l;
     for step in &mut steps {
