@@ -177,28 +177,45 @@ pub enum Spread {
     KlOptimal,
 }
 
-/// Names that people type.
-static SPREADS: &[(&str, Spread)] = &[
-    ("model", Spread::Model),
-    ("karras", Spread::Karras),
-    ("exponential", Spread::Exponential),
-    ("normal", Spread::Normal),
-    ("sgm_uniform", Spread::SgmUniform),
-    ("simple", Spread::Simple),
-    ("kl_optimal", Spread::KlOptimal),
+/// A row of the table of spreads.
+struct Row {
+    /// What people type.
+    name: &'static str,
+    /// What the WebUI calls it.
+    label: &'static str,
+    spread: Spread,
+}
+
+static SPREADS: &[Row] = &[
+    Row { name: "model", label: "Automatic", spread: Spread::Model },
+    Row { name: "karras", label: "Karras", spread: Spread::Karras },
+    Row { name: "exponential", label: "Exponential", spread: Spread::Exponential },
+    Row { name: "normal", label: "Normal", spread: Spread::Normal },
+    Row { name: "sgm_uniform", label: "SGM Uniform", spread: Spread::SgmUniform },
+    Row { name: "simple", label: "Simple", spread: Spread::Simple },
+    Row { name: "kl_optimal", label: "KL Optimal", spread: Spread::KlOptimal },
 ];
 
 impl Spread {
     /// The spread called `name`.
     pub fn find(name: &str) -> Result<Spread> {
-        let known = || SPREADS.iter().map(|row| row.0).collect();
-        let row = SPREADS.iter().find(|row| row.0 == name);
-        row.map(|row| row.1).ok_or_else(|| Error::UnknownSchedule { name: name.into(), known: known() })
+        let known = || SPREADS.iter().map(|row| row.name).collect();
+        let row = SPREADS.iter().find(|row| row.name == name);
+        row.map(|row| row.spread).ok_or_else(|| Error::UnknownSchedule { name: name.into(), known: known() })
+    }
+
+    fn row(self) -> &'static Row {
+        SPREADS.iter().find(|row| row.spread == self).expect("every spread is in the table")
     }
 
     /// The name that people type.
     pub fn name(self) -> &'static str {
-        SPREADS.iter().find(|row| row.1 == self).expect("every spread is in the table").0
+        self.row().name
+    }
+
+    /// What the WebUI calls it.
+    pub fn label(self) -> &'static str {
+        self.row().label
     }
 }
 
@@ -294,7 +311,7 @@ pub(crate) mod tests {
         for spacing in [TimestepSpacing::Linspace, TimestepSpacing::Leading, TimestepSpacing::Trailing] {
             let schedule = Schedule::new(&ScheduleConfig { timestep_spacing: spacing, ..sd15() });
             for steps in [1, 2, 3, 7, 999, 1000] {
-                for &(_, spread) in SPREADS {
+                for spread in SPREADS.iter().map(|row| row.spread) {
                     let levels = schedule.levels(steps, spread);
                     assert_eq!(levels.timesteps.len(), steps);
                     assert!(levels.timesteps.iter().all(|t| (0.0..=999.0).contains(t)), "{spread:?} {steps}");

@@ -69,6 +69,9 @@ pub(super) fn lower(network: &Network, encodings: &[Option<Encoding>], options: 
         }
     }
     let outputs: Vec<_> = network.outputs.iter().map(|(name, t)| (name.clone(), l.rows_of(*t))).collect();
+    if network.values.iter().all(|v| v.rate == Rate::Run) {
+        prologue = l.steps.len(); // an output's own pass included
+    }
     let Lowering { mut bytes, mut steps, inputs, .. } = l;
     for step in &mut steps {
         if let Op::Bands(b) = &mut step.op {
@@ -385,7 +388,13 @@ impl Lowering<'_> {
         let total = self.weight_bytes(&step.weights) + self.weight_bytes(&[weight]);
         let made_by = |t: Tensor| {
             let rows = self.rows[t.0]?.buf;
-            bands.ops.iter().find(|op| matches!(op, BandOp::Gemm { out, .. } if out.buf == rows))
+            // A sum that goes where its residual was is whole: it can't be local.
+            bands.ops.iter().find(|op| match op {
+                BandOp::Gemm { out, residual, .. } => {
+                    out.buf == rows && !matches!(residual, ResidualSpec::InPlace)
+                }
+                BandOp::Pass { .. } => false,
+            })
         };
         if total > self.options.step_weight_bytes {
             return None;

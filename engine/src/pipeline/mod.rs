@@ -99,8 +99,8 @@ impl Pipeline {
             None => rng.randn(&mut latents),
         }
         let entry = sampler::find(&request.sampler)?;
-        let run =
-            Run { schedule: &self.schedule, steps: request.steps, spread: Spread::Model, len: latents.len() };
+        let spread = Spread::find(&request.schedule)?;
+        let run = Run { schedule: &self.schedule, steps: request.steps, spread, len: latents.len() };
         let mut sampler = (entry.new)(&run);
         let sigma = sampler.init_noise_sigma();
         latents.iter_mut().for_each(|x| *x *= sigma);

@@ -7,9 +7,8 @@ use serde::Serialize;
 use crate::card::Card;
 use crate::error::{Error, Result};
 use crate::precision::Precision;
-use crate::rng::Rng;
-use crate::sampler::{self, Sampler};
-use crate::schedule::{Schedule, Spread};
+use crate::sampler;
+use crate::schedule::Spread;
 
 /// How the machine is used. None of it but the precision changes the picture.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,11 +27,18 @@ impl Default for Settings {
     /// All processors, the best instruction sets.
     fn default() -> Self {
         Settings {
-            threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
+            threads: Settings::default_threads(),
             isa: Isa::detect(),
             precision: Precision::default(),
             ram: None,
         }
+    }
+}
+
+impl Settings {
+    /// As many threads as there are processors.
+    pub fn default_threads() -> usize {
+        std::thread::available_parallelism().map_or(1, |n| n.get())
     }
 }
 
@@ -123,25 +129,6 @@ impl Request {
             }
         }
         Ok(())
-    }
-
-    /// Its sampler, the generator of its noise, and the latents that its first step begins with. The request is valid
-    /// ([`Request::validate`]).
-    pub fn start(&self, card: &Card) -> Result<(Box<dyn Sampler>, Rng, Latents)> {
-        let shape = self.latents_shape(card);
-        let len = shape.iter().product();
-        let schedule = Schedule::new(&card.schedule);
-        let spread = Spread::find(&self.schedule)?;
-        let run = sampler::Run { schedule: &schedule, steps: self.steps, spread, len };
-        let sampler = (sampler::find(&self.sampler)?.new)(&run);
-        let mut rng = Rng::new(self.noise, self.seed);
-        let mut latents = Latents { shape, data: vec![0.0; len] };
-        match &self.init_latents {
-            Some(given) => latents.data.copy_from_slice(&given.data),
-            None => rng.randn(&mut latents.data),
-        }
-        latents.data.iter_mut().for_each(|x| *x *= sampler.init_noise_sigma());
-        Ok((sampler, rng, latents))
     }
 
     /// `[channels, height, width]` of its latents.

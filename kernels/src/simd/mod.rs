@@ -60,6 +60,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
     /// `a / b`
     fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `1 / a` within a relative error of 1e-4, for a normal `a` below 2^126.
+    fn recip_coarse(self, a: Self::F) -> Self::F;
     /// `a * b + c`, rounded once where the tier fuses.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// The lesser; where `a` is NaN, `b`.
@@ -221,6 +223,9 @@ pub(crate) mod tests {
             each(s.div(v, s.splat(3.0)), &|x| x / 3.0);
             each(s.sub(s.add(v, v), s.mul(v, v)), &|x| (x + x) - x * x);
             each(s.select_lt(v, s.splat(1.0), s.splat(5.0), v), &|x| if x < 1.0 { 5.0 } else { x });
+            for x in [1.0, 1.3, 1.999, 77.7, 1e-30, 1e37] {
+                assert!((get(s.recip_coarse(s.splat(x)))[0] * x - 1.0).abs() < 1e-4, "1 / {x}");
+            }
             assert!(s.any_lt(v, s.splat(src[0] + 0.1)) && !s.any_lt(v, s.splat(src[0])));
             for e in [-126.0, -5.0, 0.0, 7.0, 127.0] {
                 assert_eq!(get(s.mul_pow2(s.splat(1.25), s.splat(e))), vec![1.25 * 2f32.powi(e as i32); n]);

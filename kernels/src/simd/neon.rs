@@ -143,6 +143,13 @@ impl Simd for Neon {
         tier!(vdivq_f32(a, b))
     }
     #[inline(always)]
+    fn recip_coarse(self, a: float32x4_t) -> float32x4_t {
+        tier!({
+            let r = vrecpeq_f32(a);
+            vmulq_f32(r, vrecpsq_f32(a, r))
+        })
+    }
+    #[inline(always)]
     fn fma(self, a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
         tier!(vfmaq_f32(c, a, b))
     }

@@ -105,6 +105,10 @@ impl Simd for Scalar {
         zip(a, b, |a, b| a / b)
     }
     #[inline(always)]
+    fn recip_coarse(self, a: [f32; N]) -> [f32; N] {
+        map(a, |x| 1.0 / x)
+    }
+    #[inline(always)]
     fn fma(self, a: [f32; N], b: [f32; N], c: [f32; N]) -> [f32; N] {
         self.add(self.mul(a, b), c)
     }

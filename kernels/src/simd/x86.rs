@@ -181,6 +181,13 @@ impl Simd for Avx2 {
         tier!(_mm256_div_ps(a, b))
     }
     #[inline(always)]
+    fn recip_coarse(self, a: __m256) -> __m256 {
+        tier!({
+            let r = _mm256_rcp_ps(a);
+            _mm256_mul_ps(r, _mm256_fnmadd_ps(a, r, _mm256_set1_ps(2.0)))
+        })
+    }
+    #[inline(always)]
     fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
         tier!(_mm256_fmadd_ps(a, b, c))
     }
@@ -371,6 +378,10 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn div(self, a: __m512, b: __m512) -> __m512 {
         tier!(_mm512_div_ps(a, b))
+    }
+    #[inline(always)]
+    fn recip_coarse(self, a: __m512) -> __m512 {
+        tier!(_mm512_rcp14_ps(a))
     }
     #[inline(always)]
     fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
