@@ -21,7 +21,8 @@ pub enum Encoding {
     /// int8, symmetric, an f32 scale per output. Tile: `[k/4 = 16][n = 16][4]` i8, 1024 bytes.
     Q8,
     /// 4-bit codes with an integer scale per output and [`Q4_GROUP`] inputs; `(code - 8) * group_scale` is the int8 weight
-    /// of [`Encoding::Q8`]. Tile: 512 bytes.
+    /// of [`Encoding::Q8`], within -127..=127. Tile: `[k/8 = 8][n = 16][4]` bytes, 512; the low halves of block `i` are the
+    /// codes of block `2 i` of a `Q8` tile, the high halves those of block `2 i + 1`.
     Q4,
     /// IEEE half. Tile: `[k/2 = 32][n = 16][2]` u16, 2048 bytes.
     F16,
@@ -58,12 +59,13 @@ impl Encoding {
 
     /// Bytes that stand before the tiles of each panel.
     ///
-    /// `Q8`: `scale: [f32; 16]`, `sum: [i32; 16]` (the sum of each output's int8 weights). `Q4`: the same, then the group
-    /// scales `[kt][2][16]` u8 (`kt` tiles in the panel), padded to 64 bytes. Float encodings: nothing.
-    pub const fn header_bytes(self, kt: usize) -> usize {
+    /// `Q8`: `scale: [f32; 16]`, then `sum: [taps][16]` i32, the sums of each output's int8 weights over each tap. `Q4`:
+    /// the same, then the group scales `[tiles][2][16]` u8, padded to 64 bytes. Float encodings: nothing.
+    pub const fn header_bytes(self, shape: WeightShape) -> usize {
+        let sums = (1 + shape.taps) * TILE_N * 4;
         match self {
-            Encoding::Q8 => 2 * TILE_N * 4,
-            Encoding::Q4 => 2 * TILE_N * 4 + (kt * (TILE_K / Q4_GROUP) * TILE_N).next_multiple_of(ALIGN),
+            Encoding::Q8 => sums,
+            Encoding::Q4 => sums + (shape.tiles() * (TILE_K / Q4_GROUP) * TILE_N).next_multiple_of(ALIGN),
             _ => 0,
         }
     }
@@ -113,7 +115,7 @@ impl WeightShape {
 
     /// Bytes of one panel, a multiple of [`ALIGN`].
     pub const fn panel_bytes(self, encoding: Encoding) -> usize {
-        encoding.header_bytes(self.tiles()) + self.tiles() * encoding.tile_bytes()
+        encoding.header_bytes(self) + self.tiles() * encoding.tile_bytes()
     }
 
     /// Bytes of the whole weight.
@@ -144,8 +146,40 @@ impl<'a> Weight<'a> {
     }
 
     /// Panel `p`: 16 outputs from `16 * p`.
-    pub fn panel(&self, p: usize) -> &'a [u8] {
+    pub fn panel(&self, p: usize) -> Panel<'a> {
         let len = self.shape.panel_bytes(self.encoding);
-        &self.bytes[p * len..(p + 1) * len]
+        let (header, tiles) = self.bytes[p * len..][..len].split_at(self.encoding.header_bytes(self.shape));
+        Panel { taps: self.shape.taps, header, tiles }
     }
+}
+
+/// 16 outputs of a weight.
+#[derive(Clone, Copy, Debug)]
+pub struct Panel<'a> {
+    taps: usize,
+    header: &'a [u8],
+    /// The codes, tile after tile.
+    pub tiles: &'a [u8],
+}
+
+impl<'a> Panel<'a> {
+    /// The scale of each output. Integer encodings only.
+    pub fn scale(&self) -> [f32; TILE_N] {
+        std::array::from_fn(|n| f32::from_le_bytes(word(self.header, n)))
+    }
+
+    /// The sum of each output's int8 weights over one tap. Integer encodings only.
+    pub fn sum(&self, tap: usize) -> [i32; TILE_N] {
+        assert!(tap < self.taps, "tap {tap} of {}", self.taps);
+        std::array::from_fn(|n| i32::from_le_bytes(word(self.header, (1 + tap) * TILE_N + n)))
+    }
+
+    /// The group scales of tile `t`: `[2][16]`. [`Encoding::Q4`] only.
+    pub fn groups(&self, t: usize) -> &'a [u8] {
+        &self.header[(1 + self.taps) * TILE_N * 4..][t * 2 * TILE_N..][..2 * TILE_N]
+    }
+}
+
+fn word(bytes: &[u8], i: usize) -> [u8; 4] {
+    bytes[4 * i..][..4].try_into().expect("four bytes")
 }

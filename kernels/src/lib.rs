@@ -8,6 +8,7 @@
 //!
 //! All of them run on a [`Workers`] team, and none of their results depends on its size.
 
+mod arch;
 pub mod attention;
 pub mod cpu;
 pub mod gemm;

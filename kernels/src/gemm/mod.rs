@@ -1,11 +1,24 @@
 //! Linear layers and convolutions: operand rows times encoded weight panels, with an epilogue.
 
-use crate::layout::Weight;
+mod activate;
+mod driver;
+mod geometry;
+pub(crate) mod steps;
+pub(crate) mod table;
+#[cfg(test)]
+mod tests;
+pub(crate) mod tile;
+
+pub use table::{GemmKernel, Types, kernels};
+
+use std::ops::Range;
+
+use crate::layout::{Encoding, Weight};
 use crate::view::{ImageShape, Operand, Rows, RowsMut};
 use crate::{Isa, Workers};
 
 /// What happens to a finished tile while it is in L1, in this order:
-/// `y = activation(acc + bias[n] + image_bias[image, n])`, `y += residual[m, n]`.
+/// `y = activation(acc + bias[n] + image_bias[image, n])`, `y += residual[m, n]`, `y += out[m, n]` where `accumulate`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Epilogue<'a> {
     /// `[n]`.
@@ -16,6 +29,8 @@ pub struct Epilogue<'a> {
     pub activation: Activation,
     /// `[m, n_out]`, row stride `n_out`, added last.
     pub residual: Option<Rows<'a>>,
+    /// `out` holds rows that the result is added to: a residual that the sum replaces.
+    pub accumulate: bool,
 }
 
 /// An activation function in an epilogue or a pass.
@@ -89,11 +104,47 @@ pub struct Gemm<'a> {
     pub out: RowsMut<'a>,
 }
 
-/// Runs `call` with the kernel that [`Isa`] `isa` offers for its operand and weight.
+/// The kernel that a call with this operand and these weights gets on a machine of tier `isa`.
+///
+/// f32 rows stay f32. bfloat16 rows meet bfloat16 weights where the tier multiplies those, but f32 weights lose nothing:
+/// they, and all weights elsewhere, are met in f32.
+pub fn pick(isa: Isa, operand: &Operand<'_>, encoding: Encoding) -> &'static GemmKernel {
+    let best = |types| table::best(isa, types);
+    let kernel = match operand {
+        Operand::U8 { .. } => best(Types::U8S8).or(best(Types::S16S16)),
+        Operand::Bf16(_) if encoding != Encoding::F32 => best(Types::Bf16).or(best(Types::F32)),
+        Operand::Bf16(_) | Operand::F32(_) => best(Types::F32),
+    };
+    kernel.expect("the scalar tier has a kernel for everything")
+}
+
+/// Runs `call` with the kernel that [`pick`] finds.
 ///
 /// # Panics
-/// Where shapes don't agree.
+/// Where shapes don't agree, or the machine lacks tier `isa`.
 pub fn gemm(workers: &Workers, isa: Isa, call: Gemm<'_>) {
-    let _ = (workers, isa, call);
-    unimplemented!()
+    let kernel = pick(isa, &call.operand, call.weight.encoding);
+    gemm_with(workers, kernel, call);
+}
+
+/// As [`gemm`], but of each output image only rows `rows` are computed, and `out` and `residual` hold just these: a band of a
+/// convolution whose operand holds the pixels that the band meets.
+pub fn gemm_rows(workers: &Workers, isa: Isa, call: Gemm<'_>, rows: Range<usize>) {
+    let kernel = pick(isa, &call.operand, call.weight.encoding);
+    run(workers, kernel, call, Some(rows));
+}
+
+/// Runs `call` with `kernel`, which must suit its operand and weight.
+///
+/// # Panics
+/// Where shapes don't agree, the kernel doesn't suit, or the machine lacks its tier.
+pub fn gemm_with(workers: &Workers, kernel: &'static GemmKernel, call: Gemm<'_>) {
+    run(workers, kernel, call, None);
+}
+
+fn run(workers: &Workers, kernel: &'static GemmKernel, call: Gemm<'_>, rows: Option<Range<usize>>) {
+    assert!(kernel.isa.is_available(), "{} on a machine without {}", kernel.name, kernel.isa.name());
+    assert!(kernel.suits(&call.operand), "{} for {:?}", kernel.name, call.weight.encoding);
+    driver::check(&call, rows.as_ref());
+    driver::run(workers, kernel, call, rows);
 }

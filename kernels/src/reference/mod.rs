@@ -2,5 +2,6 @@
 #![forbid(unsafe_code)]
 
 pub mod attention;
+pub mod gemm;
 pub mod math;
 pub mod pass;

@@ -1,0 +1,147 @@
+//! A network lowered: steps over one arena, with a place for every buffer.
+#![forbid(unsafe_code)]
+
+use kernels::layout::Encoding;
+
+use super::arena::{Life, Region, place};
+use super::builder::{Network, Rate};
+use super::lower::{Lowered, Options, lower};
+use super::steps::{Buf, RowsBuf, Step};
+use super::weight::{WeightKind, WeightSpec};
+
+/// A network lowered for a precision and the encodings of a file: steps over one arena.
+///
+/// The arena begins with `banks` copies of what outlives a step (values of rate [`Rate::Run`] that steps read), so that the
+/// two guidance passes can take turns; the rest is shared.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    steps: Vec<Step>,
+    /// Steps before this one run once per run and bank.
+    prologue: usize,
+    weights: Vec<WeightSpec>,
+    encodings: Vec<Option<Encoding>>,
+    inputs: Vec<(String, RowsBuf, Rate)>,
+    outputs: Vec<(String, RowsBuf)>,
+    regions: Vec<Region>,
+    persistent: Vec<bool>,
+    persistent_bytes: usize,
+    transient_bytes: usize,
+}
+
+impl Plan {
+    /// Lowers `network` and gives every buffer a place. `encodings` holds each of its weights' encoding (`None` for vectors
+    /// and tables).
+    ///
+    /// # Panics
+    /// Where `encodings` is not as long as the list of weights, or a matrix has none.
+    pub fn new(network: &Network, encodings: &[Option<Encoding>], options: Options) -> Plan {
+        assert_eq!(network.weights().len(), encodings.len(), "an encoding for each weight");
+        let Lowered { steps, prologue, bytes, inputs, outputs } = lower(network, encodings, options);
+        let lives = lives(&steps, prologue, &bytes, &inputs, &outputs);
+        // What the prologue leaves for the steps outlives them all, in a part of the arena of its own.
+        let persistent: Vec<bool> = lives.iter().map(|l| l.first < prologue && l.last >= prologue).collect();
+        let mut regions = vec![Region::default(); lives.len()];
+        let mut sizes = [0; 2];
+        for keep in [false, true] {
+            let ids: Vec<usize> = (0..lives.len()).filter(|&i| persistent[i] == keep).collect();
+            let whole = |l: Life| if keep { Life { first: 0, last: steps.len(), ..l } } else { l };
+            let (places, total) = place(&ids.iter().map(|&i| whole(lives[i].clone())).collect::<Vec<_>>());
+            for (&i, r) in ids.iter().zip(places) {
+                regions[i] = r;
+            }
+            sizes[keep as usize] = total;
+        }
+        Plan {
+            steps,
+            prologue,
+            weights: network.weights().to_vec(),
+            encodings: encodings.to_vec(),
+            inputs,
+            outputs,
+            regions,
+            persistent,
+            persistent_bytes: sizes[1].next_multiple_of(4096),
+            transient_bytes: sizes[0],
+        }
+    }
+
+    /// Steps that run once per run and bank, then the steps of every pass.
+    pub fn steps(&self) -> (&[Step], &[Step]) {
+        self.steps.split_at(self.prologue)
+    }
+
+    /// The weights, in the order in which steps first meet them.
+    pub fn weights(&self) -> &[WeightSpec] {
+        &self.weights
+    }
+
+    /// The encodings the plan was made for.
+    pub fn encodings(&self) -> &[Option<Encoding>] {
+        &self.encodings
+    }
+
+    /// Bytes of the arena with `banks` copies of what outlives a step.
+    pub fn arena_bytes(&self, banks: usize) -> usize {
+        banks * self.persistent_bytes + self.transient_bytes
+    }
+
+    /// Where `buf` lies for `bank` of `banks`.
+    pub(super) fn region(&self, buf: Buf, bank: usize, banks: usize) -> Region {
+        let r = self.regions[buf];
+        let copies = if self.persistent[buf] { bank } else { banks };
+        Region { offset: copies * self.persistent_bytes + r.offset, bytes: r.bytes }
+    }
+
+    pub(super) fn input(&self, name: &str) -> Option<RowsBuf> {
+        self.inputs.iter().find(|(n, ..)| n == name).map(|(_, r, _)| *r)
+    }
+
+    pub(super) fn output(&self, name: &str) -> Option<RowsBuf> {
+        self.outputs.iter().find(|(n, ..)| n == name).map(|(_, r)| *r)
+    }
+
+    /// Bytes of all weights as stored.
+    pub fn weight_bytes(&self) -> usize {
+        (0..self.weights.len()).map(|i| self.stored_bytes(i)).sum()
+    }
+
+    /// Bytes of weight `i` as stored.
+    pub fn stored_bytes(&self, i: usize) -> usize {
+        match self.weights[i].kind {
+            WeightKind::Vector { len, order } => order.stored(len) * 4,
+            WeightKind::Table { rows, cols } => rows * cols * 2,
+            kind @ WeightKind::Matrix { .. } => {
+                let shape = kind.shape().expect("a matrix has a shape");
+                shape.bytes(self.encodings[i].expect("a matrix has an encoding"))
+            }
+        }
+    }
+}
+
+/// The first and the last step at which each buffer holds something. Inputs are written before the first step of their
+/// rate, outputs are read after the last step.
+fn lives(
+    steps: &[Step],
+    prologue: usize,
+    bytes: &[usize],
+    inputs: &[(String, RowsBuf, Rate)],
+    outputs: &[(String, RowsBuf)],
+) -> Vec<Life> {
+    let mut lives: Vec<Life> =
+        bytes.iter().map(|&bytes| Life { bytes, first: usize::MAX, last: 0 }).collect();
+    let mut touch = |buf: Buf, at: usize| {
+        lives[buf].first = lives[buf].first.min(at);
+        lives[buf].last = lives[buf].last.max(at);
+    };
+    for (i, step) in steps.iter().enumerate() {
+        let (reads, writes) = step.op.buffers();
+        reads.into_iter().chain(writes).for_each(|buf| touch(buf, i));
+    }
+    for (_, rows, rate) in inputs {
+        touch(rows.buf, if *rate == Rate::Run { 0 } else { prologue });
+    }
+    for (_, rows) in outputs {
+        touch(rows.buf, steps.len());
+    }
+    lives
+}

@@ -1,0 +1,26 @@
+//! The kernels of each instruction set.
+
+use crate::gemm::GemmKernel;
+
+mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+/// The table of [`crate::gemm::kernels`].
+#[cfg(target_arch = "x86_64")]
+pub(crate) static KERNELS: &[&GemmKernel] = &[
+    &scalar::GEMM_U8S8,
+    &scalar::GEMM_F32,
+    &x86::avx2::GEMM_S16S16,
+    &x86::avx2::GEMM_F32,
+    &x86::avxvnni::GEMM_U8S8,
+    &x86::avx512::GEMM_S16S16,
+    &x86::avx512::GEMM_F32,
+    &x86::avx512vnni::GEMM_U8S8,
+    &x86::amx::GEMM_U8S8,
+    &x86::amx::GEMM_BF16,
+];
+
+/// The table of [`crate::gemm::kernels`].
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) static KERNELS: &[&GemmKernel] = &[&scalar::GEMM_U8S8, &scalar::GEMM_F32];

@@ -1,0 +1,187 @@
+//! AMX: tiles of 16 rows by 64 bytes, multiplied by one instruction. There are no stable intrinsics, and tile registers
+//! may not live from one asm block to the next, so a block goes from zeroed (or loaded) sums over the whole k to stored
+//! sums: up to two row tiles by two panels, C in tmm0 to 3, A in tmm4 and 5, B in tmm6 and 7.
+//!
+//! A panel's tile is a B tile as it lies in memory, and 16 evenly spaced operand rows are an A tile.
+
+use std::arch::asm;
+use std::cell::Cell;
+
+use super::avx512;
+use crate::Isa;
+use crate::gemm::table::{GemmKernel, Types};
+use crate::gemm::tile::{TILE_COLUMNS, TileArgs};
+
+/// Rows of a tile register.
+const ROWS: usize = 16;
+/// Bytes of a row of a tile register, and of a step through k.
+const ROW_BYTES: usize = 64;
+
+/// Bytes from row to row of the sums.
+const C_STRIDE: usize = TILE_COLUMNS * 4;
+
+/// The operand of `ldtilecfg`.
+#[repr(C, align(64))]
+struct TileConfig {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    /// Bytes of a row of each register.
+    row_bytes: [u16; 16],
+    /// Rows of each register.
+    rows: [u8; 16],
+}
+
+thread_local! {
+    /// Rows of the first and the second row tile that this thread has configured; none when the tiles are released.
+    static CONFIGURED: Cell<[u8; 2]> = const { Cell::new([0; 2]) };
+}
+
+/// Makes the row tiles `rows` high.
+fn configure(rows: [u8; 2]) {
+    if CONFIGURED.get() == rows {
+        return;
+    }
+    let mut config =
+        TileConfig { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+    config.row_bytes[..8].fill(ROW_BYTES as u16);
+    config.rows[..8].copy_from_slice(&[rows[0], rows[0], rows[1], rows[1], rows[0], rows[1], 16, 16]);
+    // SAFETY: kernels run where AMX is available (the contract of tile functions); the configuration is that of palette 1,
+    // all registers at most 16 rows of 64 bytes.
+    unsafe {
+        asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly),
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _);
+    }
+    CONFIGURED.set(rows);
+}
+
+/// Gives the tile registers back, so that the system need not save them.
+fn release() {
+    if CONFIGURED.get() != [0; 2] {
+        // SAFETY: the tiles were configured by this thread, so AMX is there.
+        unsafe {
+            asm!("tilerelease", options(nostack, nomem),
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _);
+        }
+        CONFIGURED.set([0; 2]);
+    }
+}
+
+/// An asm block: `load` (sums), `step` (through k) and `store` lines.
+macro_rules! block {
+    ($t:ident, $steps:expr, zero: [$($zero:literal)+], load: [$($load:literal)+], step: [$($step:expr),+ $(,)?],
+     store: [$($store:literal)+]) => {
+        asm!(
+            "/* {c1} is for a second row tile */",
+            "test {accumulate}, {accumulate}",
+            "jnz 2f",
+            $($zero,)+
+            "jmp 3f",
+            "2:",
+            $($load,)+
+            "3:",
+            "test {steps}, {steps}",
+            "jz 5f",
+            "4:",
+            $($step,)+
+            "add {a0}, 64",
+            "add {a1}, 64",
+            "add {b0}, 1024",
+            "add {b1}, 1024",
+            "dec {steps}",
+            "jnz 4b",
+            "5:",
+            $($store,)+
+            accumulate = in(reg) usize::from($t.accumulate),
+            steps = inout(reg) $steps => _,
+            a0 = inout(reg) $t.a => _,
+            a1 = inout(reg) $t.a.wrapping_add(ROWS * $t.a_stride) => _,
+            a_stride = in(reg) $t.a_stride,
+            b0 = inout(reg) $t.b => _,
+            b1 = inout(reg) $t.b.wrapping_add($t.b_stride) => _,
+            b_stride = in(reg) ROW_BYTES,
+            c0 = in(reg) $t.c,
+            c1 = in(reg) $t.c.wrapping_add(ROWS * C_STRIDE),
+            c_stride = in(reg) C_STRIDE,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        )
+    };
+}
+
+/// A tile function of `$op`: each step is 64 bytes of every row.
+macro_rules! tile_function {
+    ($name:ident, $op:literal, $bytes:literal) => {
+        unsafe fn $name(t: &TileArgs) {
+            let steps = t.k * $bytes / ROW_BYTES;
+            let two = t.rows > ROWS;
+            configure(if two { [16, (t.rows - ROWS) as u8] } else { [t.rows as u8; 2] });
+            // SAFETY: the caller vouches for AMX and for what the arguments describe. Registers are as high as the rows
+            // they hold, so nothing else is read or written; a second row tile or panel is touched only where it exists.
+            unsafe {
+                match (two, t.panels) {
+                    (true, 2) => block!(t, steps,
+                        zero: ["tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3"],
+                        load: ["tileloadd tmm0, [{c0} + {c_stride}]" "tileloadd tmm1, [{c0} + {c_stride} + 64]"
+                               "tileloadd tmm2, [{c1} + {c_stride}]" "tileloadd tmm3, [{c1} + {c_stride} + 64]"],
+                        step: ["tileloadd tmm6, [{b0} + {b_stride}]", "tileloadd tmm4, [{a0} + {a_stride}]",
+                               concat!($op, " tmm0, tmm4, tmm6"), "tileloadd tmm7, [{b1} + {b_stride}]",
+                               concat!($op, " tmm1, tmm4, tmm7"), "tileloadd tmm5, [{a1} + {a_stride}]",
+                               concat!($op, " tmm2, tmm5, tmm6"), concat!($op, " tmm3, tmm5, tmm7")],
+                        store: ["tilestored [{c0} + {c_stride}], tmm0" "tilestored [{c0} + {c_stride} + 64], tmm1"
+                                "tilestored [{c1} + {c_stride}], tmm2" "tilestored [{c1} + {c_stride} + 64], tmm3"]),
+                    (true, _) => block!(t, steps,
+                        zero: ["tilezero tmm0" "tilezero tmm2"],
+                        load: ["tileloadd tmm0, [{c0} + {c_stride}]" "tileloadd tmm2, [{c1} + {c_stride}]"],
+                        step: ["tileloadd tmm6, [{b0} + {b_stride}]", "tileloadd tmm4, [{a0} + {a_stride}]",
+                               concat!($op, " tmm0, tmm4, tmm6"), "tileloadd tmm5, [{a1} + {a_stride}]",
+                               concat!($op, " tmm2, tmm5, tmm6")],
+                        store: ["tilestored [{c0} + {c_stride}], tmm0" "tilestored [{c1} + {c_stride}], tmm2"]),
+                    (false, 2) => block!(t, steps,
+                        zero: ["tilezero tmm0" "tilezero tmm1"],
+                        load: ["tileloadd tmm0, [{c0} + {c_stride}]" "tileloadd tmm1, [{c0} + {c_stride} + 64]"],
+                        step: ["tileloadd tmm4, [{a0} + {a_stride}]", "tileloadd tmm6, [{b0} + {b_stride}]",
+                               concat!($op, " tmm0, tmm4, tmm6"), "tileloadd tmm7, [{b1} + {b_stride}]",
+                               concat!($op, " tmm1, tmm4, tmm7")],
+                        store: ["tilestored [{c0} + {c_stride}], tmm0" "tilestored [{c0} + {c_stride} + 64], tmm1"]),
+                    (false, _) => block!(t, steps,
+                        zero: ["tilezero tmm0"],
+                        load: ["tileloadd tmm0, [{c0} + {c_stride}]"],
+                        step: ["tileloadd tmm4, [{a0} + {a_stride}]", "tileloadd tmm6, [{b0} + {b_stride}]",
+                               concat!($op, " tmm0, tmm4, tmm6")],
+                        store: ["tilestored [{c0} + {c_stride}], tmm0"]),
+                }
+            }
+        }
+    };
+}
+
+tile_function!(gemm_u8s8_32x32_amx, "tdpbusd", 1);
+tile_function!(gemm_bf16_32x32_amx, "tdpbf16ps", 2);
+
+pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
+    name: "gemm_u8s8_32x32_amx",
+    isa: Isa::Amx,
+    types: Types::U8S8,
+    mr: 2 * ROWS,
+    nr: 32,
+    kr: ROW_BYTES,
+    tile: gemm_u8s8_32x32_amx,
+    steps: &avx512::STEPS,
+    leave: release,
+};
+
+pub(crate) static GEMM_BF16: GemmKernel = GemmKernel {
+    name: "gemm_bf16_32x32_amx",
+    isa: Isa::Amx,
+    types: Types::Bf16,
+    mr: 2 * ROWS,
+    nr: 32,
+    kr: ROW_BYTES / 2,
+    tile: gemm_bf16_32x32_amx,
+    steps: &avx512::STEPS,
+    leave: release,
+};

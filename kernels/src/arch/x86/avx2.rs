@@ -1,0 +1,72 @@
+//! AVX2 with FMA.
+//!
+//! `vpmaddubsw` would saturate (255 * 127 twice is beyond 16 bits), so rows and weights are widened to i16 once per block
+//! of rows and met with `vpmaddwd`.
+
+use std::arch::x86_64::*;
+
+use super::moves;
+use crate::gemm::steps::steps;
+use crate::gemm::tile::{Lanes, broadcast_kernel};
+
+steps!(
+    #[target_feature(enable = "avx2,fma,f16c")]
+    STEPS
+);
+
+/// 8 i32 sums of i16 by i16.
+struct S16S16;
+
+impl Lanes for S16S16 {
+    type Acc = __m256i;
+    type B = __m256i;
+    type A = __m256i;
+    const COLUMNS: usize = 8;
+    const K: usize = 2;
+    const A_BYTES: usize = 4;
+    moves!(__m256i, _mm256_setzero_si256, _mm256_loadu_si256, _mm256_storeu_si256);
+
+    #[inline(always)]
+    unsafe fn splat_a(a: *const u8) -> __m256i {
+        // SAFETY: the caller has AVX2 and vouches for the 4 bytes.
+        unsafe { _mm256_set1_epi32(a.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn multiply(acc: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: the caller has AVX2.
+        unsafe { _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)) }
+    }
+}
+
+/// 8 f32 sums.
+struct F32;
+
+impl Lanes for F32 {
+    type Acc = __m256;
+    type B = __m256;
+    type A = __m256;
+    const COLUMNS: usize = 8;
+    const K: usize = 1;
+    const A_BYTES: usize = 4;
+    moves!(__m256, _mm256_setzero_ps, _mm256_loadu_ps, _mm256_storeu_ps);
+
+    #[inline(always)]
+    unsafe fn splat_a(a: *const u8) -> __m256 {
+        // SAFETY: the caller has AVX2 and vouches for the 4 bytes.
+        unsafe { _mm256_set1_ps(a.cast::<f32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn multiply(acc: __m256, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the caller has FMA.
+        unsafe { _mm256_fmadd_ps(a, b, acc) }
+    }
+}
+
+broadcast_kernel!(
+    #[target_feature(enable = "avx2,fma")]
+    GEMM_S16S16 = gemm_s16s16_6x16_avx2: S16S16, Avx2, S16S16, 6 x 16, rows [1 2 3 4 5 6], panels [1: 2], &STEPS
+);
+broadcast_kernel!(
+    #[target_feature(enable = "avx2,fma")]
+    GEMM_F32 = gemm_f32_6x16_avx2: F32, Avx2, F32, 6 x 16, rows [1 2 3 4 5 6], panels [1: 2], &STEPS
+);

@@ -1,0 +1,71 @@
+//! AVX-512 F, BW, VL, DQ.
+
+use std::arch::x86_64::*;
+
+use super::moves;
+use crate::gemm::steps::steps;
+use crate::gemm::tile::{Lanes, broadcast_kernel};
+
+steps!(
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+    STEPS
+);
+
+/// 16 i32 sums of i16 by i16.
+struct S16S16;
+
+impl Lanes for S16S16 {
+    type Acc = __m512i;
+    type B = __m512i;
+    type A = __m512i;
+    const COLUMNS: usize = 16;
+    const K: usize = 2;
+    const A_BYTES: usize = 4;
+    moves!(__m512i, _mm512_setzero_si512, _mm512_loadu_si512, _mm512_storeu_si512);
+
+    #[inline(always)]
+    unsafe fn splat_a(a: *const u8) -> __m512i {
+        // SAFETY: the caller has AVX-512 and vouches for the 4 bytes.
+        unsafe { _mm512_set1_epi32(a.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn multiply(acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: the caller has AVX-512.
+        unsafe { _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)) }
+    }
+}
+
+/// 16 f32 sums.
+struct F32;
+
+impl Lanes for F32 {
+    type Acc = __m512;
+    type B = __m512;
+    type A = __m512;
+    const COLUMNS: usize = 16;
+    const K: usize = 1;
+    const A_BYTES: usize = 4;
+    moves!(__m512, _mm512_setzero_ps, _mm512_loadu_ps, _mm512_storeu_ps);
+
+    #[inline(always)]
+    unsafe fn splat_a(a: *const u8) -> __m512 {
+        // SAFETY: the caller has AVX-512 and vouches for the 4 bytes.
+        unsafe { _mm512_set1_ps(a.cast::<f32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn multiply(acc: __m512, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the caller has AVX-512.
+        unsafe { _mm512_fmadd_ps(a, b, acc) }
+    }
+}
+
+broadcast_kernel!(
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    GEMM_S16S16 = gemm_s16s16_12x32_avx512: S16S16, Avx512, S16S16, 12 x 32, rows [1 2 3 4 5 6 7 8 9 10 11 12],
+    panels [1: 1, 2: 2], &STEPS
+);
+broadcast_kernel!(
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    GEMM_F32 = gemm_f32_12x32_avx512: F32, Avx512, F32, 12 x 32, rows [1 2 3 4 5 6 7 8 9 10 11 12],
+    panels [1: 1, 2: 2], &STEPS
+);

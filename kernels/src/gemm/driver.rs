@@ -1,0 +1,475 @@
+//! One call from its operand to its finished rows: tasks of row blocks by panel groups, each walking over chunks of `k`.
+//!
+//! Nothing here depends on the number of threads, and each sum is added up in the order of its inputs wherever its row
+//! lies, so a row's result is the same in any batch.
+
+use std::ops::Range;
+
+use super::geometry::{Geometry, RowTile};
+use super::steps::{AddTap, Finish, Out, Sums, Unpack, Widen};
+use super::table::{GemmKernel, Types};
+use super::tile::{TILE_COLUMNS, TileArgs};
+use super::{Activation, Epilogue, Gemm};
+use crate::Workers;
+use crate::layout::{Encoding, TILE_K, TILE_N, Weight};
+use crate::par::{SCRATCH_BYTES, Shared};
+use crate::view::{Operand, RowsMut};
+
+/// Panels under a tile.
+const PAIR: usize = TILE_COLUMNS / TILE_N;
+/// Most rows of a block.
+const BLOCK_ROWS: usize = 128;
+/// Most panel pairs whose sums a task keeps while chunks go by.
+const GROUP_PAIRS: usize = 8;
+/// Most bytes of a pair's unpacked weights.
+const WEIGHT_BYTES: usize = 64 * 1024;
+/// Fewest tasks a call is cut into, where its panels allow.
+const TASKS: usize = 16;
+
+/// Part of the inputs of one tap.
+#[derive(Clone, Copy, Debug)]
+struct Chunk {
+    tap: usize,
+    /// First input, a multiple of [`TILE_K`].
+    k: usize,
+    /// Inputs, padded to [`TILE_K`].
+    len: usize,
+    /// Whether it begins and ends the inputs that one accumulator sums.
+    first: bool,
+    last: bool,
+}
+
+/// A call, prepared for one kernel.
+struct Plan<'a> {
+    kernel: &'static GemmKernel,
+    operand: Operand<'a>,
+    weight: Weight<'a>,
+    epilogue: Epilogue<'a>,
+    out: Out<'a>,
+    geometry: Geometry,
+    chunks: Vec<Chunk>,
+    /// Rows must be widened for the kernel.
+    widens: bool,
+    /// Weights must be unpacked for the kernel.
+    unpacks: bool,
+    /// Taps are added up in f32, as each meets pixels of other scales.
+    by_tap: bool,
+    /// Accumulators wait in memory between chunks.
+    keeps: bool,
+}
+
+/// A worker's scratch memory, cut up. Lengths in comments, for the block at hand.
+struct Buffers<'s> {
+    /// `[BLOCK_ROWS][chunk]` of the kernel's row elements, where rows are widened.
+    rows: &'s mut [u8],
+    /// `[PAIR][chunk][16]` of the kernel's weights, where they are unpacked.
+    weights: &'s mut [u8],
+    /// `[GROUP_PAIRS][BLOCK_ROWS]`, or one tile.
+    products: &'s mut [[i32; TILE_COLUMNS]],
+    /// `[GROUP_PAIRS][BLOCK_ROWS]`, where taps are added up.
+    sums: &'s mut [[f32; TILE_COLUMNS]],
+}
+
+/// Runs `call` with `kernel`. The caller has checked the shapes.
+pub(super) fn run(
+    workers: &Workers,
+    kernel: &'static GemmKernel,
+    call: Gemm<'_>,
+    rows: Option<Range<usize>>,
+) {
+    let Gemm { operand, input, filter, weight, epilogue, out } = call;
+    let widens = !matches!(
+        (operand, kernel.types),
+        (Operand::U8 { .. }, Types::U8S8) | (Operand::Bf16(_), Types::Bf16) | (Operand::F32(_), Types::F32)
+    );
+    let unpacks = !matches!(
+        (weight.encoding, kernel.types),
+        (Encoding::Q8, Types::U8S8) | (Encoding::Bf16, Types::Bf16)
+    );
+    let by_tap = match operand {
+        Operand::U8 { scale, .. } => weight.shape.taps > 1 && scale.len() != 1,
+        _ => false,
+    };
+    let chunks = chunks(&weight, kernel, widens, unpacks, by_tap);
+    let keeps = !chunks.iter().all(|chunk| chunk.first && chunk.last);
+    let geometry = Geometry::new(&input, &filter, kernel.mr, epilogue.image_bias.is_some(), rows);
+    let out = match out {
+        RowsMut::F32(out) => Out::F32(Shared::new(out)),
+        RowsMut::Bf16(out) => Out::Bf16(Shared::new(out)),
+    };
+    let plan =
+        Plan { kernel, operand, weight, epilogue, out, geometry, chunks, widens, unpacks, by_tap, keeps };
+
+    let blocks = plan.geometry.blocks(BLOCK_ROWS.max(kernel.mr));
+    let pairs = weight.shape.panels().div_ceil(PAIR);
+    let mut group = pairs;
+    while blocks.len() * pairs.div_ceil(group.max(1)) < TASKS && group > 1 {
+        group = group.div_ceil(2);
+    }
+    let groups = pairs.div_ceil(group.max(1));
+    workers.for_each(blocks.len() * groups, |task, scratch| {
+        let tiles = blocks[task / groups].clone();
+        let first = task % groups * group;
+        let mut buffers = plan.cut(scratch);
+        let step = if widens { GROUP_PAIRS } else { 1 };
+        for first in (first..pairs.min(first + group)).step_by(step) {
+            let end = pairs.min(task % groups * group + group).min(first + step);
+            plan.run_group(&mut buffers, tiles.clone(), first..end);
+        }
+        (kernel.leave)();
+    });
+}
+
+/// Cuts the inputs so that what is widened or unpacked fits its buffer.
+fn chunks(weight: &Weight<'_>, kernel: &GemmKernel, widens: bool, unpacks: bool, by_tap: bool) -> Vec<Chunk> {
+    let shape = weight.shape;
+    let padded = shape.k_padded();
+    let mut most = padded;
+    if unpacks {
+        most = most.min(WEIGHT_BYTES / (TILE_COLUMNS * kernel.types.weight_bytes()));
+    }
+    if widens {
+        most = most.min(rows_bytes() / (BLOCK_ROWS * kernel.types.row_bytes()));
+    }
+    let pieces = if padded == 0 { 0 } else { padded.div_ceil(most) };
+    let len = if pieces == 0 { 0 } else { (padded / TILE_K).div_ceil(pieces) * TILE_K };
+    let mut chunks = vec![];
+    for tap in 0..shape.taps {
+        for k in (0..padded).step_by(len.max(1)) {
+            chunks.push(Chunk { tap, k, len: len.min(padded - k), first: by_tap && k == 0, last: false });
+        }
+    }
+    if let Some(first) = chunks.first_mut() {
+        first.first = true;
+    }
+    for i in 0..chunks.len() {
+        chunks[i].last = chunks.get(i + 1).is_none_or(|next| next.first);
+    }
+    chunks
+}
+
+const fn rows_bytes() -> usize {
+    SCRATCH_BYTES / 4
+}
+
+impl<'a> Plan<'a> {
+    fn cut<'s>(&self, scratch: &'s mut [u8]) -> Buffers<'s> {
+        let (rows, scratch) = scratch.split_at_mut(if self.widens { rows_bytes() } else { 0 });
+        let (weights, scratch) = scratch.split_at_mut(if self.unpacks { WEIGHT_BYTES } else { 0 });
+        let pairs = if self.widens { GROUP_PAIRS } else { 1 };
+        let kept = pairs * BLOCK_ROWS;
+        let products = if self.keeps { kept } else { self.kernel.mr };
+        let sums = if self.by_tap { kept } else { 0 };
+        let (products, scratch) = scratch.split_at_mut(products * TILE_COLUMNS * 4);
+        let sums = &mut scratch[..sums * TILE_COLUMNS * 4];
+        Buffers {
+            rows,
+            weights,
+            products: bytemuck::cast_slice_mut(products),
+            sums: bytemuck::cast_slice_mut(sums),
+        }
+    }
+
+    /// Rows of tiles `tiles`, columns of panel pairs `pairs`.
+    fn run_group(&self, buffers: &mut Buffers<'_>, tiles: Range<usize>, pairs: Range<usize>) {
+        let tiles = &self.geometry.tiles[tiles];
+        if self.chunks.is_empty() {
+            buffers.products[..self.kernel.mr].fill([0; TILE_COLUMNS]);
+            for pair in pairs {
+                let columns = Columns::new(self, pair);
+                for tile in tiles {
+                    self.finish(&columns, tile, &buffers.products[..tile.rows], None);
+                }
+            }
+            return;
+        }
+        for (c, chunk) in self.chunks.iter().enumerate() {
+            if self.widens {
+                self.widen(buffers.rows, tiles, chunk);
+            }
+            for (i, pair) in pairs.clone().enumerate() {
+                let columns = Columns::new(self, pair);
+                let (b, b_stride) = self.weights(buffers.weights, pair, columns.panels, chunk);
+                let offset =
+                    if self.by_tap { columns.offset(self, chunk.tap..chunk.tap + 1) } else { [0; _] };
+                let mut row = 0;
+                for tile in tiles {
+                    let kept = i * BLOCK_ROWS + row;
+                    let at = if self.keeps { kept } else { 0 };
+                    let products = &mut buffers.products[at..at + tile.rows];
+                    self.multiply(products, buffers.rows, row, tile, b, b_stride, columns.panels, chunk);
+                    row += tile.rows;
+                    if !chunk.last {
+                        continue;
+                    }
+                    let mut sums = None;
+                    if self.by_tap {
+                        let kept = &mut buffers.sums[kept..kept + tile.rows];
+                        let (scale, scale_step) = self.row_scale(tile, chunk.tap);
+                        let tap =
+                            AddTap { products, offset: &offset, scale, scale_step, first: chunk.tap == 0 };
+                        // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
+                        unsafe { (self.kernel.steps.add_tap)(&tap, kept) };
+                        sums = Some(&*kept);
+                    }
+                    if c + 1 == self.chunks.len() {
+                        self.finish(&columns, tile, products, sums);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Writes the rows that `tiles` meet in `chunk` as the kernel reads them: `[rows][chunk.len]`.
+    fn widen(&self, out: &mut [u8], tiles: &[RowTile], chunk: &Chunk) {
+        let stride = self.weight.shape.k_padded();
+        let mut out = out.chunks_exact_mut(chunk.len * self.kernel.types.row_bytes());
+        for tile in tiles {
+            for r in 0..tile.rows {
+                let row = self.geometry.operand_row(tile, chunk.tap) + r * self.geometry.operand_step;
+                let piece = row * stride + chunk.k..row * stride + chunk.k + chunk.len;
+                let widen = match self.operand {
+                    Operand::U8 { codes, .. } => Widen::U8(&codes[piece]),
+                    Operand::Bf16(rows) => Widen::Bf16(&rows[piece]),
+                    Operand::F32(_) => unreachable!("f32 rows are read where they lie"),
+                };
+                let out = out.next().expect("a block has at most BLOCK_ROWS rows");
+                // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
+                unsafe { (self.kernel.steps.widen)(&widen, out) };
+            }
+        }
+    }
+
+    /// The blocks of `pair` in `chunk` as the kernel reads them, and the bytes from panel to panel.
+    fn weights<'b>(&self, out: &'b mut [u8], pair: usize, panels: usize, chunk: &Chunk) -> (&'b [u8], usize)
+    where
+        'a: 'b,
+    {
+        let first = (chunk.tap * self.weight.shape.k_padded() + chunk.k) / TILE_K;
+        let Weight { encoding, shape, bytes } = self.weight;
+        if !self.unpacks {
+            let stride = shape.panel_bytes(encoding);
+            let start = pair * PAIR * stride + encoding.header_bytes(shape) + first * encoding.tile_bytes();
+            let len = (panels - 1) * stride + chunk.len / TILE_K * encoding.tile_bytes();
+            return (&bytes[start..start + len], stride);
+        }
+        let stride = chunk.len * TILE_N * self.kernel.types.weight_bytes();
+        for (p, out) in out.chunks_exact_mut(stride).take(panels).enumerate() {
+            let panel = self.weight.panel(pair * PAIR + p);
+            let tiles = chunk.len / TILE_K;
+            let unpack = Unpack { panel, encoding, types: self.kernel.types, first, tiles };
+            // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
+            unsafe { (self.kernel.steps.unpack)(&unpack, out) };
+        }
+        (&out[..panels * stride], stride)
+    }
+
+    /// The scale of the operand row that row 0 of `tile` meets at `tap`, and from there to the next row's.
+    fn row_scale(&self, tile: &RowTile, tap: usize) -> (&'a [f32], usize) {
+        match self.operand {
+            Operand::U8 { scale, .. } if scale.len() == 1 => (scale, 0),
+            Operand::U8 { scale, .. } => {
+                (&scale[self.geometry.operand_row(tile, tap)..], self.geometry.operand_step)
+            }
+            Operand::Bf16(_) | Operand::F32(_) => (&[1.0], 0),
+        }
+    }
+
+    /// The products of `tile` in `chunk`, by the kernel.
+    #[allow(clippy::too_many_arguments)]
+    fn multiply(
+        &self,
+        products: &mut [[i32; TILE_COLUMNS]],
+        widened: &[u8],
+        widened_row: usize,
+        tile: &RowTile,
+        b: &[u8],
+        b_stride: usize,
+        panels: usize,
+        chunk: &Chunk,
+    ) {
+        let kernel = self.kernel;
+        // The slack of rows and panels is zero, so only the steps that hold inputs are taken.
+        let k = (self.weight.shape.k - chunk.k).min(chunk.len).next_multiple_of(kernel.kr);
+        let element = kernel.types.row_bytes();
+        let (a, a_stride) = if self.widens {
+            (&widened[widened_row * chunk.len * element..], chunk.len * element)
+        } else {
+            let stride = self.weight.shape.k_padded();
+            let at = self.geometry.operand_row(tile, chunk.tap) * stride + chunk.k;
+            let rows: &[u8] = match self.operand {
+                Operand::U8 { codes, .. } => &codes[at..],
+                Operand::Bf16(rows) => bytemuck::cast_slice(&rows[at..]),
+                Operand::F32(rows) => bytemuck::cast_slice(&rows[at..]),
+            };
+            (rows, stride * self.geometry.operand_step * element)
+        };
+        assert!(a.len() >= (tile.rows - 1) * a_stride + k * element, "{tile:?} {chunk:?}");
+        assert!(products.len() == tile.rows && tile.rows <= kernel.mr && k <= chunk.len);
+        let at_once = kernel.nr / TILE_N;
+        for p in (0..panels).step_by(at_once) {
+            let args = TileArgs {
+                a: a.as_ptr(),
+                a_stride,
+                rows: tile.rows,
+                b: b[p * b_stride..].as_ptr(),
+                b_stride,
+                panels: at_once.min(panels - p),
+                k,
+                c: products.as_mut_ptr().cast::<u8>().wrapping_add(p * TILE_N * 4),
+                accumulate: !chunk.first,
+            };
+            // SAFETY: the kernel was picked for this machine; a reaches rows * k elements (asserted), b holds the blocks
+            // of chunk.len >= k inputs of each panel, c is `products`, borrowed here alone.
+            unsafe { (kernel.tile)(&args) };
+        }
+    }
+
+    /// Finishes `tile` from its products, or from the sums over its taps.
+    fn finish(
+        &self,
+        columns: &Columns,
+        tile: &RowTile,
+        products: &[[i32; TILE_COLUMNS]],
+        sums: Option<&[[f32; TILE_COLUMNS]]>,
+    ) {
+        let (scale, scale_step) = self.row_scale(tile, 0);
+        let sums = match sums {
+            Some(sums) => Sums::Float(sums),
+            None if self.kernel.types.is_integer() => {
+                Sums::Integer { sums: products, offset: &columns.offset, scale, scale_step }
+            }
+            None => Sums::Float(bytemuck::cast_slice(products)),
+        };
+        let mut bias = columns.bias;
+        let n = self.weight.shape.n;
+        if let Some(image_bias) = self.epilogue.image_bias {
+            let image_bias = &image_bias[tile.image * n + columns.first..][..columns.inputs];
+            for (bias, x) in bias.iter_mut().zip(image_bias) {
+                *bias += x;
+            }
+        }
+        let activation = self.epilogue.activation;
+        let finish = Finish {
+            sums,
+            scale: &columns.scale,
+            bias: &bias,
+            activation,
+            residual: self.epilogue.residual,
+            accumulate: self.epilogue.accumulate,
+            out: &self.out,
+            ldo: activation.columns(n),
+            row: tile.row,
+            row_step: self.geometry.row_step,
+            column: activation.columns(columns.first),
+            columns: activation.columns(columns.inputs),
+        };
+        // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
+        unsafe { (self.kernel.steps.finish)(&finish) };
+    }
+}
+
+/// What the tiles of a panel pair have in common.
+struct Columns {
+    pair: usize,
+    panels: usize,
+    /// First column.
+    first: usize,
+    /// Columns before the activation.
+    inputs: usize,
+    scale: [f32; TILE_COLUMNS],
+    bias: [f32; TILE_COLUMNS],
+    /// 128 times the sum of each output's weights.
+    offset: [i32; TILE_COLUMNS],
+}
+
+impl Columns {
+    fn new(plan: &Plan<'_>, pair: usize) -> Columns {
+        let shape = plan.weight.shape;
+        let first = pair * TILE_COLUMNS;
+        let inputs = TILE_COLUMNS.min(shape.n - first);
+        let panels = PAIR.min(shape.panels() - pair * PAIR);
+        let mut columns =
+            Columns { pair, panels, first, inputs, scale: [1.0; _], bias: [0.0; _], offset: [0; _] };
+        if plan.weight.encoding.is_integer() {
+            for p in 0..panels {
+                let scale = plan.weight.panel(pair * PAIR + p).scale();
+                columns.scale[p * TILE_N..][..TILE_N].copy_from_slice(&scale);
+            }
+        }
+        if plan.kernel.types.is_integer() && !plan.by_tap {
+            columns.offset = columns.offset(plan, 0..shape.taps);
+        }
+        if let Some(bias) = plan.epilogue.bias {
+            columns.bias[..inputs].copy_from_slice(&bias[first..first + inputs]);
+        }
+        columns
+    }
+
+    /// 128 times the sum of each output's weights over `taps`.
+    fn offset(&self, plan: &Plan<'_>, taps: Range<usize>) -> [i32; TILE_COLUMNS] {
+        let mut offset = [0; TILE_COLUMNS];
+        for p in 0..self.panels {
+            let panel = plan.weight.panel(self.pair * PAIR + p);
+            for tap in taps.clone() {
+                for (offset, sum) in offset[p * TILE_N..].iter_mut().zip(panel.sum(tap)) {
+                    *offset += 128 * sum;
+                }
+            }
+        }
+        offset
+    }
+}
+
+/// Checks that the shapes of `call` agree.
+pub(super) fn check(call: &Gemm<'_>, rows: Option<&Range<usize>>) {
+    let Gemm { operand, input, filter, weight, epilogue, out } = call;
+    let shape = weight.shape;
+    assert_eq!(filter.kh * filter.kw, shape.taps, "{filter:?} with {shape:?}");
+    assert!(matches!(filter.stride, 1 | 2), "{filter:?}");
+    assert!(input.full_h() >= filter.kh && input.full_w() >= filter.kw, "{filter:?} over {input:?}");
+    if filter.upsample {
+        let one = crate::view::Border { top: 1, left: 1, bottom: 1, right: 1 };
+        assert!(
+            filter.kh == 3 && filter.kw == 3 && filter.stride == 1 && input.border == one,
+            "{filter:?} over {input:?}"
+        );
+    }
+    assert_eq!(weight.bytes.len(), shape.bytes(weight.encoding), "{:?} weight {shape:?}", weight.encoding);
+    let elements = input.operand_rows() * shape.k_padded();
+    match operand {
+        Operand::U8 { codes, scale } => {
+            assert!(weight.encoding.is_integer(), "u8 rows with {:?} weights", weight.encoding);
+            assert_eq!(codes.len(), elements, "operand of {input:?} with {shape:?}");
+            assert!(
+                scale.len() == input.operand_rows() || scale.len() == 1,
+                "{} scales of {input:?}",
+                scale.len()
+            );
+        }
+        Operand::Bf16(rows) => assert_eq!(rows.len(), elements, "operand of {input:?} with {shape:?}"),
+        Operand::F32(rows) => assert_eq!(rows.len(), elements, "operand of {input:?} with {shape:?}"),
+    }
+    let (h, w) = filter.output(input);
+    assert!(rows.is_none_or(|r| r.start <= r.end && r.end <= h), "rows {rows:?} of {h}");
+    let m = input.batch * rows.map_or(h, |r| r.len()) * w;
+    if epilogue.activation == Activation::Geglu {
+        assert!(shape.n.is_multiple_of(TILE_COLUMNS), "value and gate panels of {shape:?}");
+    }
+    let outputs = m * epilogue.activation.columns(shape.n);
+    let len = match out {
+        RowsMut::F32(out) => out.len(),
+        RowsMut::Bf16(out) => out.len(),
+    };
+    assert_eq!(len, outputs, "output of {input:?}, {filter:?}, {shape:?}");
+    assert!(epilogue.bias.is_none_or(|x| x.len() == shape.n), "bias of {shape:?}");
+    assert!(
+        epilogue.image_bias.is_none_or(|x| x.len() == input.batch * shape.n),
+        "image bias of {shape:?}, {input:?}"
+    );
+    let residual = epilogue.residual.map(|rows| match rows {
+        crate::view::Rows::F32(rows) => rows.len(),
+        crate::view::Rows::Bf16(rows) => rows.len(),
+    });
+    assert!(residual.is_none_or(|len| len == outputs), "residual of {residual:?}, output of {outputs}");
+}

@@ -1,0 +1,195 @@
+//! Which operand rows an output row meets, and how output rows are cut into tiles and blocks.
+//!
+//! A **run** is a sequence of output rows, evenly spaced in the output, whose operand rows are evenly spaced too, for
+//! every tap: all rows of a linear layer, an output row of a convolution, every other pixel of such a row where the input
+//! is upsampled. Tiles are pieces of runs, so that a tile function needs a pointer and a stride.
+#![forbid(unsafe_code)]
+
+use std::ops::Range;
+
+use super::Filter;
+use crate::view::ImageShape;
+
+/// Rows of an output tile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RowTile {
+    /// Output row of row 0.
+    pub(crate) row: usize,
+    /// Rows.
+    pub(crate) rows: usize,
+    /// The image it belongs to.
+    pub(crate) image: usize,
+    /// Operand row of row 0, before the tap's offset.
+    base: usize,
+    /// Row of [`Geometry::offsets`].
+    phase: usize,
+}
+
+/// The tiles of a call.
+#[derive(Debug)]
+pub(crate) struct Geometry {
+    /// All tiles in order.
+    pub(crate) tiles: Vec<RowTile>,
+    /// Output rows from one row of a tile to the next.
+    pub(crate) row_step: usize,
+    /// Operand rows from one row of a tile to the next.
+    pub(crate) operand_step: usize,
+    /// `[phase][tap]`: operand rows from a tile's base.
+    offsets: Vec<Vec<usize>>,
+}
+
+impl Geometry {
+    /// Cuts the output into tiles of at most `mr` rows. With `by_image` no tile holds rows of two images. `rows` chooses
+    /// rows of pixels of each output image; the output then holds just these.
+    pub(crate) fn new(
+        input: &ImageShape,
+        filter: &Filter,
+        mr: usize,
+        by_image: bool,
+        rows: Option<Range<usize>>,
+    ) -> Geometry {
+        let (h, w) = filter.output(input);
+        let rows = rows.unwrap_or(0..h);
+        let lines =
+            || (0..input.batch * rows.len()).map(|y| (y, y / rows.len(), rows.start + y % rows.len()));
+        let (full_h, full_w) = (input.full_h(), input.full_w());
+        let taps = |offset: &dyn Fn(usize, usize) -> usize| -> Vec<usize> {
+            (0..filter.kh * filter.kw).map(|tap| offset(tap / filter.kw, tap % filter.kw)).collect()
+        };
+        let mut geometry =
+            Geometry { tiles: vec![], row_step: 1, operand_step: filter.stride, offsets: vec![] };
+        if filter.upsample {
+            geometry.row_step = 2;
+            for phase in 0..4 {
+                let (py, px) = (phase / 2, phase % 2);
+                geometry.offsets.push(taps(&|ky, kx| (py + ky).div_ceil(2) * full_w + (px + kx).div_ceil(2)));
+            }
+            for (at, image, y) in lines() {
+                for px in 0..2 {
+                    let base = (image * full_h + y / 2) * full_w;
+                    let phase = y % 2 * 2 + px;
+                    geometry.cut(RowTile { row: at * w + px, rows: w / 2, image, base, phase }, mr);
+                }
+            }
+            return geometry;
+        }
+        geometry.offsets.push(taps(&|ky, kx| ky * full_w + kx));
+        let point = filter.kh * filter.kw == 1 && filter.stride == 1 && input.border == Default::default();
+        if point && rows.len() == h {
+            let (runs, rows) = if by_image { (input.batch, h * w) } else { (1, input.batch * h * w) };
+            for image in 0..runs {
+                geometry.cut(RowTile { row: image * rows, rows, image, base: image * rows, phase: 0 }, mr);
+            }
+            return geometry;
+        }
+        for (at, image, y) in lines() {
+            let base = (image * full_h + y * filter.stride) * full_w;
+            geometry.cut(RowTile { row: at * w, rows: w, image, base, phase: 0 }, mr);
+        }
+        geometry
+    }
+
+    /// Cuts a run into tiles of nearly equal size.
+    fn cut(&mut self, run: RowTile, mr: usize) {
+        let pieces = run.rows.div_ceil(mr);
+        for i in 0..pieces {
+            let (first, end) = (run.rows * i / pieces, run.rows * (i + 1) / pieces);
+            self.tiles.push(RowTile {
+                row: run.row + first * self.row_step,
+                rows: end - first,
+                base: run.base + first * self.operand_step,
+                ..run
+            });
+        }
+    }
+
+    /// Operand row that row 0 of `tile` meets at `tap`.
+    pub(crate) fn operand_row(&self, tile: &RowTile, tap: usize) -> usize {
+        tile.base + self.offsets[tile.phase][tap]
+    }
+
+    /// Cuts the tiles into blocks of at most `rows` rows, or one tile.
+    pub(crate) fn blocks(&self, rows: usize) -> Vec<Range<usize>> {
+        let mut blocks: Vec<Range<usize>> = vec![];
+        let mut filled = rows;
+        for (i, tile) in self.tiles.iter().enumerate() {
+            filled += tile.rows;
+            match blocks.last_mut() {
+                Some(block) if filled <= rows => block.end = i + 1,
+                _ => {
+                    blocks.push(i..i + 1);
+                    filled = tile.rows;
+                }
+            }
+        }
+        blocks
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::view::Border;
+
+    /// Operand row of an output row, from the definition.
+    fn expected(input: &ImageShape, filter: &Filter, row: usize, tap: usize) -> usize {
+        let (h, w) = filter.output(input);
+        let (image, y, x) = (row / (h * w), row / w % h, row % w);
+        let (ky, kx) = (tap / filter.kw, tap % filter.kw);
+        let (y, x) = if filter.upsample {
+            // Pixel (y + ky - 1, x + kx - 1) of the upsampled image, halved, in an image with a border of 1.
+            ((y + ky).div_ceil(2), (x + kx).div_ceil(2))
+        } else {
+            (y * filter.stride + ky, x * filter.stride + kx)
+        };
+        (image * input.full_h() + y) * input.full_w() + x
+    }
+
+    #[test]
+    fn tiles_cover_every_output_row_once_and_meet_their_pixels() {
+        let one = Border { top: 1, left: 1, bottom: 1, right: 1 };
+        let corner = Border { bottom: 1, right: 1, ..Border::default() };
+        for (border, kh, stride, upsample) in [
+            (Border::default(), 1, 1, false),
+            (one, 3, 1, false),
+            (one, 3, 2, false),
+            (corner, 3, 2, false),
+            (one, 3, 1, true),
+        ] {
+            for (batch, h, w, mr) in [(1, 4, 4, 3), (2, 6, 10, 4), (3, 2, 34, 16), (1, 1, 25, 12)] {
+                let input = ImageShape { batch, h, w, border };
+                let filter = Filter { kh, kw: kh, stride, upsample };
+                if input.full_h() < kh {
+                    continue;
+                }
+                let (oh, ow) = filter.output(&input);
+                for (by_image, rows) in [(false, None), (true, None), (true, Some(oh / 3..oh - oh / 4))] {
+                    let geometry = Geometry::new(&input, &filter, mr, by_image, rows.clone());
+                    let rows = rows.unwrap_or(0..oh);
+                    let mut seen = vec![0; batch * rows.len() * ow];
+                    for tile in &geometry.tiles {
+                        assert!(tile.rows <= mr);
+                        for r in 0..tile.rows {
+                            let row = tile.row + r * geometry.row_step;
+                            seen[row] += 1;
+                            let image = row / (rows.len() * ow);
+                            assert!(!by_image || image == tile.image);
+                            let row = (image * oh + rows.start + row / ow % rows.len()) * ow + row % ow;
+                            for tap in 0..kh * kh {
+                                let at = geometry.operand_row(tile, tap) + r * geometry.operand_step;
+                                assert_eq!(
+                                    at,
+                                    expected(&input, &filter, row, tap),
+                                    "{input:?} {filter:?} {row} {tap}"
+                                );
+                            }
+                        }
+                    }
+                    assert!(seen.iter().all(|&n| n == 1));
+                    let blocks = geometry.blocks(20);
+                    assert_eq!(blocks.iter().map(|b| b.len()).sum::<usize>(), geometry.tiles.len());
+                }
+            }
+        }
+    }
+}

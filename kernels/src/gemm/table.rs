@@ -1,0 +1,114 @@
+//! The kernel table. Dispatch, tests, benches and reports iterate it.
+#![forbid(unsafe_code)]
+
+use super::steps::Steps;
+use super::tile::TileFn;
+use crate::Isa;
+use crate::view::Operand;
+
+/// What the tile function of a kernel multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Types {
+    /// u8 rows by int8 blocks `[k/4][16][4]`, summed in i32.
+    U8S8,
+    /// i16 rows by i16 blocks `[k/2][16][2]`, summed in i32: u8 rows and int8 weights, widened once per block of rows.
+    S16S16,
+    /// bfloat16 rows by bfloat16 blocks `[k/2][16][2]`, summed in f32.
+    Bf16,
+    /// f32 rows by f32 blocks `[k][16]`, summed in f32.
+    F32,
+}
+
+impl Types {
+    /// Bytes of a row's element.
+    pub const fn row_bytes(self) -> usize {
+        match self {
+            Types::U8S8 => 1,
+            Types::S16S16 | Types::Bf16 => 2,
+            Types::F32 => 4,
+        }
+    }
+
+    /// Bytes of a weight in a block.
+    pub const fn weight_bytes(self) -> usize {
+        self.row_bytes()
+    }
+
+    /// Whether sums are i32.
+    pub const fn is_integer(self) -> bool {
+        matches!(self, Types::U8S8 | Types::S16S16)
+    }
+}
+
+/// A micro-kernel: `c[mr, nr] (+)= a[mr, k] * b[k, nr]`.
+#[derive(Debug)]
+pub struct GemmKernel {
+    /// `gemm_<types>_<mr>x<nr>_<isa>`, the name of the function.
+    pub name: &'static str,
+    /// The tier it is written for.
+    pub isa: Isa,
+    /// What it multiplies.
+    pub types: Types,
+    /// Most rows of a tile.
+    pub mr: usize,
+    /// Columns of a tile: 16 or 32.
+    pub nr: usize,
+    /// `k` is a multiple of this.
+    pub kr: usize,
+    /// The function.
+    pub(crate) tile: TileFn,
+    /// What stands around the tiles, compiled for the same tier.
+    pub(crate) steps: &'static Steps,
+    /// Called by a thread that has run tiles and is about to do something else.
+    pub(crate) leave: fn(),
+}
+
+impl GemmKernel {
+    /// Whether rows of this kind can be its left operand.
+    pub fn suits(&self, operand: &Operand<'_>) -> bool {
+        match operand {
+            Operand::U8 { .. } => self.types.is_integer(),
+            Operand::Bf16(_) => matches!(self.types, Types::Bf16 | Types::F32),
+            Operand::F32(_) => self.types == Types::F32,
+        }
+    }
+}
+
+/// Every kernel of this architecture; of those that fit a call, the last one is the best.
+pub fn kernels() -> &'static [&'static GemmKernel] {
+    crate::arch::KERNELS
+}
+
+/// The best kernel for `types` that a machine of tier `isa` runs.
+pub(super) fn best(isa: Isa, types: Types) -> Option<&'static GemmKernel> {
+    kernels().iter().copied().rfind(|kernel| kernel.types == types && isa.includes(kernel.isa))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_follow_the_grammar() {
+        for kernel in kernels() {
+            let types = match kernel.types {
+                Types::U8S8 => "u8s8",
+                Types::S16S16 => "s16s16",
+                Types::Bf16 => "bf16",
+                Types::F32 => "f32",
+            };
+            assert_eq!(
+                kernel.name,
+                format!("gemm_{types}_{}x{}_{}", kernel.mr, kernel.nr, kernel.isa.name())
+            );
+        }
+    }
+
+    #[test]
+    fn every_tier_multiplies_integers_and_floats() {
+        for isa in Isa::available() {
+            assert!(best(*isa, Types::U8S8).or(best(*isa, Types::S16S16)).is_some());
+            assert!(best(*isa, Types::F32).is_some());
+        }
+    }
+}

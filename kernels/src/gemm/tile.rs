@@ -1,0 +1,138 @@
+//! The one body of all tiles that work by broadcasting: each step loads `V` vectors of weights and meets them with an
+//! element group of each of `R` rows. An instruction set says how in its [`Lanes`].
+
+/// Columns of an accumulator tile in memory, also where a kernel computes 16 of them.
+pub(crate) const TILE_COLUMNS: usize = 32;
+
+/// What a tile function reads and writes. All strides are bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TileArgs {
+    /// Row 0, `k` elements.
+    pub(crate) a: *const u8,
+    /// From row to row.
+    pub(crate) a_stride: usize,
+    /// Rows: 1 to `mr`.
+    pub(crate) rows: usize,
+    /// The blocks of panel 0, from the first k.
+    pub(crate) b: *const u8,
+    /// From panel to panel.
+    pub(crate) b_stride: usize,
+    /// Panels of 16 columns: 1 to `nr / 16`.
+    pub(crate) panels: usize,
+    /// Inputs, a multiple of `kr`.
+    pub(crate) k: usize,
+    /// `[rows][TILE_COLUMNS]` f32 or i32.
+    pub(crate) c: *mut u8,
+    /// Adds to `c` instead of replacing it.
+    pub(crate) accumulate: bool,
+}
+
+/// A tile function.
+///
+/// # Safety
+/// The machine has the kernel's tier, and the pointers of [`TileArgs`] reach what it describes: `rows` rows of `k`
+/// elements, `panels` panels of `k` inputs, and `rows` rows of `c` that nobody else uses.
+pub(crate) type TileFn = unsafe fn(&TileArgs);
+
+/// One instruction set's way to multiply.
+///
+/// # Safety
+/// Of all functions: the machine has the instruction set, and pointers are good for the bytes named.
+pub(crate) trait Lanes {
+    /// A vector of accumulators: [`Lanes::COLUMNS`] of them, 4 bytes each.
+    type Acc: Copy;
+    /// A vector of weights.
+    type B: Copy;
+    /// A group of inputs of one row, in all lanes.
+    type A: Copy;
+    /// Columns of a vector.
+    const COLUMNS: usize;
+    /// Inputs in a step.
+    const K: usize;
+    /// Bytes of one step of one row.
+    const A_BYTES: usize;
+    /// Bytes of one step of one panel.
+    const B_BYTES: usize = 16 * Self::A_BYTES;
+
+    unsafe fn zero() -> Self::Acc;
+    unsafe fn load_acc(c: *const u8) -> Self::Acc;
+    unsafe fn store_acc(c: *mut u8, acc: Self::Acc);
+    unsafe fn load_b(b: *const u8) -> Self::B;
+    unsafe fn splat_a(a: *const u8) -> Self::A;
+    unsafe fn multiply(acc: Self::Acc, a: Self::A, b: Self::B) -> Self::Acc;
+}
+
+/// `R` rows by `V` vectors.
+///
+/// # Safety
+/// As [`TileFn`], for `R` rows and `V` vectors.
+#[inline(always)]
+pub(crate) unsafe fn broadcast_tile<L: Lanes, const R: usize, const V: usize>(t: &TileArgs) {
+    let column_of = |v: usize| v * L::COLUMNS;
+    let c_at = |r: usize, v: usize| (r * TILE_COLUMNS + column_of(v)) * 4;
+    // Vector v of a step, from the panel that holds its columns.
+    let b_at = |v: usize| column_of(v) / 16 * t.b_stride + column_of(v) % 16 * L::A_BYTES;
+    // SAFETY: all offsets below stay within what the caller vouches for: rows < R, columns of V vectors, k inputs.
+    unsafe {
+        let mut acc = [[L::zero(); V]; R];
+        if t.accumulate {
+            for (r, row) in acc.iter_mut().enumerate() {
+                for (v, acc) in row.iter_mut().enumerate() {
+                    *acc = L::load_acc(t.c.add(c_at(r, v)));
+                }
+            }
+        }
+        let (mut a, mut b) = (t.a, t.b);
+        for _ in 0..t.k / L::K {
+            let weights: [L::B; V] = std::array::from_fn(|v| L::load_b(b.add(b_at(v))));
+            for (r, row) in acc.iter_mut().enumerate() {
+                let x = L::splat_a(a.add(r * t.a_stride));
+                for (acc, &w) in row.iter_mut().zip(&weights) {
+                    *acc = L::multiply(*acc, x, w);
+                }
+            }
+            a = a.wrapping_add(L::A_BYTES);
+            b = b.wrapping_add(L::B_BYTES);
+        }
+        for (r, row) in acc.iter().enumerate() {
+            for (v, &acc) in row.iter().enumerate() {
+                L::store_acc(t.c.add(c_at(r, v)), acc);
+            }
+        }
+    }
+}
+
+/// A tile function and its row of the table, from the [`broadcast_tile`] of `$lanes`: one instance for each number of rows
+/// and each number of panels, `$v` vectors.
+macro_rules! broadcast_kernel {
+    ($(#[$attribute:meta])* $static_name:ident = $name:ident: $lanes:ty, $isa:ident, $types:ident,
+     $mr:literal x $nr:literal, rows $rows:tt, panels [$($panels:literal: $v:literal),+], $steps:expr) => {
+        $(#[$attribute])*
+        unsafe fn $name(t: &$crate::gemm::tile::TileArgs) {
+            match t.panels {
+                $($panels => $crate::gemm::tile::broadcast_kernel!(@rows t, $lanes, $v, $rows),)+
+                panels => unreachable!("{panels} panels for {}", stringify!($name)),
+            }
+        }
+
+        pub(crate) static $static_name: $crate::gemm::table::GemmKernel = $crate::gemm::table::GemmKernel {
+            name: stringify!($name),
+            isa: $crate::Isa::$isa,
+            types: $crate::gemm::table::Types::$types,
+            mr: $mr,
+            nr: $nr,
+            kr: <$lanes as $crate::gemm::tile::Lanes>::K,
+            tile: $name,
+            steps: $steps,
+            leave: || (),
+        };
+    };
+    (@rows $t:ident, $lanes:ty, $v:literal, [$($r:literal)+]) => {
+        match $t.rows {
+            // SAFETY: the caller vouches for what the arguments describe; the matches pick the instance of their shape.
+            $($r => unsafe { $crate::gemm::tile::broadcast_tile::<$lanes, $r, $v>($t) },)+
+            rows => unreachable!("{rows} rows"),
+        }
+    };
+}
+pub(crate) use broadcast_kernel;
