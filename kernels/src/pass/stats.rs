@@ -10,6 +10,7 @@ use crate::simd::{Element, Simd, SimdOp, dispatch};
 use crate::view::{ImageShape, Rows};
 
 use super::Source;
+use super::rows::AHEAD;
 
 /// Tasks that share one image.
 const TASKS: usize = 64;
@@ -224,6 +225,7 @@ impl Channels<'_> {
             let k = s.load(&shift[i..end]);
             let (mut a, mut b) = (s.load(&sum[i..end]), s.load(&squares[i..end]));
             for pixel in pixels {
+                s.prefetch(&pixel[i..end], AHEAD);
                 let d = s.sub(T::load(s, &pixel[i..end]), k);
                 a = s.add(a, d);
                 b = s.fma(d, d, b);
