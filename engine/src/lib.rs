@@ -8,6 +8,7 @@ pub mod memory;
 pub mod models;
 pub mod pipeline;
 pub mod precision;
+pub mod presets;
 pub mod rng;
 pub mod sampler;
 pub mod schedule;
