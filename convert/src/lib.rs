@@ -12,6 +12,7 @@ mod pack;
 mod policy;
 mod report;
 mod source;
+pub mod synthetic;
 mod tokenizer;
 
 use std::collections::HashSet;

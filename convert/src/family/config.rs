@@ -431,8 +431,8 @@ impl Evidence<'_> {
         let (steps, guidance_scale) = match (turbo, consistency, xl) {
             (true, ..) => (4, 1.0),
             (_, true, _) => (8, 8.0),
-            (_, _, true) => (25, 5.0),
-            _ => (25, 7.5),
+            (_, _, true) => (20, 5.0),
+            _ => (20, 7.5),
         };
         Defaults { width: side, height: side, steps, guidance_scale, sampler: "euler".into() }
     }

@@ -3,8 +3,12 @@
 #![forbid(unsafe_code)]
 
 mod folder;
+mod gguf;
 pub(crate) mod gguf_blocks;
+mod pickle;
 mod safetensors;
+mod torch;
+mod zip;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -93,6 +97,9 @@ impl Source {
         let mut magic = Vec::new();
         (&open.file).take(16).read_to_end(&mut magic).map_err(Error::io("read", path))?;
         let (what, tensors) = match magic.as_slice() {
+            [b'P', b'K', 3, 4, ..] => ("pickle in a zip", torch::read_zip(&open)?),
+            [b'G', b'G', b'U', b'F', ..] => ("GGUF file", gguf::read(&open)?),
+            [0x80, 2 | 3 | 4 | 5, 0x8A, 0x0A, 0x6C, 0xFC, ..] => ("pickle", torch::read_legacy(&open)?),
             [_, _, _, _, _, 0, 0, 0, b'{', ..] => ("safetensors file", safetensors::read(&open)?),
             _ => return Err(Error::NotACheckpoint { path: path.to_owned(), why: describe(&magic, path) }),
         };
@@ -195,6 +202,7 @@ fn describe(magic: &[u8], path: &Path) -> String {
             "it is a Git LFS pointer; the file itself was never downloaded".into()
         }
         b if b.starts_with(&engine::format::MAGIC[..4]) => "it is an .sdq file already".into(),
+        [0x80, 2..=5, ..] => "it is a pickle, but none that torch.save writes".into(),
         b if b.starts_with(b"\x89PNG") || b.starts_with(b"\xFF\xD8") => "it is a picture".into(),
         _ if path.extension().is_some_and(|e| e == "safetensors") => "its header is damaged".into(),
         _ => "its first bytes are of no known kind".into(),
