@@ -2,8 +2,12 @@
 #![forbid(unsafe_code)]
 
 use convert::Quant;
-use engine::pipeline::{Conditioning, Control, Denoiser, Latents, Memory, Pipeline, Request};
+use engine::graph::{self, Arena, Plan, Session};
+use engine::models::vae_encoder;
+use engine::pipeline::{Conditioning, Control, Denoiser, Latents, Memory, Pipeline, Request, Settings};
 use engine::precision::Precision;
+use engine::weights;
+use kernels::Workers;
 use sdfast_tests::{Golden, cosine, data, relative_error, report};
 
 /// Relative error with f16 weights in f32 arithmetic.
@@ -63,6 +67,22 @@ fn decode(golden: &Golden, pipeline: &Pipeline) -> Vec<f32> {
     pipeline.decode(&Latents { shape: [4, H, W], data }).unwrap().data
 }
 
+/// Mean and log variance of the golden picture, `[h * w, 2 * 4]`.
+fn encode_picture(golden: &Golden, pipeline: &Pipeline) -> Vec<f32> {
+    let file = pipeline.file();
+    let Settings { threads, isa, precision, .. } = *pipeline.settings();
+    let network = vae_encoder(&pipeline.card().vae, 1, 8 * H, 8 * W);
+    let encodings = weights::encodings(file, network.weights()).unwrap();
+    let plan = Plan::new(&network, &encodings, graph::Options::new(precision, isa, threads));
+    let mut arena = Arena::new(plan.arena_bytes(1)).unwrap();
+    let workers = Workers::new(threads);
+    let bytes = weights::bytes(file, plan.weights());
+    let mut session = Session::new(&plan, bytes, &mut arena, 1, &workers, isa);
+    session.input("image", 0).copy_from_slice(&pixels(golden.values("vae_picture"), 3));
+    session.prologue(0, |_| true).unwrap();
+    session.output("moments").to_vec()
+}
+
 fn equals_diffusers(name: &str) {
     let folder = data().join(name);
     let golden = Golden::open(&folder.join("golden.safetensors"));
@@ -80,6 +100,8 @@ fn equals_diffusers(name: &str) {
             out.push((format!("prediction {i}"), noise, golden.row("prediction", i).to_vec()));
         }
         out.push(("decoded".into(), decode(&golden, pipeline), pixels(golden.values("vae_decoded"), 3)));
+        let moments = [golden.values("vae_mean"), golden.values("vae_logvar")].concat();
+        out.push(("encoded".into(), encode_picture(&golden, pipeline), pixels(&moments, 8)));
         out
     };
 
