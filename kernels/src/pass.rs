@@ -11,7 +11,7 @@ use crate::simd::dispatch;
 use crate::view::{ImageShape, OperandMut, Rows, RowsMut};
 use crate::{Isa, Workers};
 use rows::Chunk;
-pub use stats::group_stats;
+pub use stats::{group_finish, group_stats, group_sums, sums_len, sums_rows};
 
 /// What a pass reads: the columns of up to two tensors side by side (a concatenation that is never materialized).
 #[derive(Clone, Copy, Debug)]

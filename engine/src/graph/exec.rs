@@ -5,15 +5,16 @@ use std::ops::Range;
 use kernels::attention::{Attention, Mask, attention};
 use kernels::gemm::{Epilogue, Filter, Gemm, gemm, gemm_rows};
 use kernels::layout::Weight;
-use kernels::pass::{Norm, Source, group_stats, operand_pass, rows_pass};
+use kernels::pass::{Norm, Source, group_finish, group_stats, group_sums, operand_pass, rows_pass, sums_len};
 use kernels::view::{Border, ImageShape, Operand, OperandMut, Rows, RowsMut};
 use kernels::{Isa, Workers, bf16, f16};
 
 use super::arena::Arena;
+use super::builder::Dims;
 use super::plan::Plan;
 use super::steps::{
-    Band, BandOp, Bands, Buf, NormSpec, Op, OperandBuf, OperandKind, ResidualSpec, RowsBuf, RowsKind,
-    SourceBufs, Step, Window,
+    Band, BandOp, Bands, Buf, Extent, NormSpec, Op, OperandBuf, OperandKind, ResidualSpec, RowsBuf, RowsKind,
+    SourceBufs, Step,
 };
 
 /// The caller asked to stop.
@@ -195,72 +196,93 @@ impl<'a> Session<'a> {
     }
 
     /// All operations of `bands` on one band.
-    fn band(&self, bands: &Bands, band: Band, bank: usize) {
+    fn band(&self, bands: &Bands, band: &Band, bank: usize) {
         let (workers, isa) = (self.workers, self.isa);
-        let Window { y, shape: input, skip } = bands.window(band);
         let images = band.image..band.image + band.images;
-        let from = (band.image * bands.input.h + y) * bands.input.w;
-        let read = from..from + input.pixels();
-        let pixels = band.images * band.rows * bands.output.w;
-        let first = (band.image * bands.output.h + band.y) * bands.output.w;
-        let local = |r: RowsBuf| bands.local.contains(&r.buf);
-        let place = |r: RowsBuf| if local(r) { 0..pixels } else { first..first + pixels };
-        let inner =
-            ImageShape { batch: band.images, h: band.rows, w: bands.output.w, border: Border::default() };
-        // The first operand covers the window, later ones the band's own pixels.
-        let (mut shape, mut filter) = (input, bands.filter);
-        for (i, op) in bands.ops.iter().enumerate() {
+        // Pixels of rows `at` of images `dims`, in a whole tensor or in what the band holds of one.
+        let pixels = |r: RowsBuf, dims: Dims, at: &Range<usize>| {
+            let (image, held) = match bands.local(r) {
+                Some(i) => (0, band.local[i].clone()),
+                None => (band.image, 0..dims.h),
+            };
+            let first = (image * held.len() + at.start - held.start) * dims.w;
+            first..first + band.images * at.len() * dims.w
+        };
+        let dims = |r: RowsBuf| bands.local(r).map_or(bands.output, |i| bands.local[i].1);
+        for (op, extent) in bands.ops.iter().zip(&band.ops) {
+            let Extent { rows, operand: shape, skip } = extent;
             match *op {
-                BandOp::Pass { source, norm, activation, out } => {
-                    let read = if i == 0 { read.clone() } else { 0..pixels };
-                    if i > 0 {
-                        (shape, filter) = (inner, Filter::POINT);
-                    }
-                    let source = self.source(source, bank, read);
+                BandOp::Pass { source, input, norm, activation, out, .. } => {
+                    let part = |r: RowsBuf| (self.rows(r, bank, pixels(r, input, rows)), r.c);
+                    let source = Source { parts: source.map(|r| r.map(part)) };
                     let norm = self.norm(norm, bank, images.clone());
                     let operand = self.operand_mut(out, bank, shape.operand_rows());
-                    operand_pass(workers, isa, source, shape, norm, activation, operand, out.stride);
+                    operand_pass(workers, isa, source, *shape, norm, activation, operand, out.stride);
                 }
                 BandOp::Gemm { operand, weight, bias, image_bias, activation, residual, out } => {
+                    let filter = self.filter(bands, operand);
                     let weight_shape = self.plan.weights()[weight].kind.shape().expect("a GEMM has a matrix");
                     let encoding = self.plan.encodings()[weight].expect("a matrix has an encoding");
                     let n = weight_shape.n;
+                    let at = dims(out);
                     let epilogue = Epilogue {
                         bias: bias.map(|b| self.vector(b)),
                         image_bias: image_bias.map(|b| &self.read(b, bank)[images.start * n..images.end * n]),
                         activation,
                         residual: match residual {
-                            ResidualSpec::Rows(r) => Some(self.rows(r, bank, place(r))),
+                            ResidualSpec::Rows(r) => Some(self.rows(r, bank, pixels(r, at, rows))),
                             ResidualSpec::None | ResidualSpec::InPlace => None,
                         },
                         accumulate: matches!(residual, ResidualSpec::InPlace),
                     };
                     let call = Gemm {
                         operand: self.operand(operand, bank, shape.operand_rows()),
-                        input: shape,
+                        input: *shape,
                         filter,
                         weight: Weight::new(encoding, weight_shape, self.weights[weight]),
                         epilogue,
-                        out: self.rows_mut(out, bank, place(out)),
+                        out: self.rows_mut(out, bank, pixels(out, at, rows)),
                     };
                     if filter.upsample {
-                        gemm_rows(workers, isa, call, skip..skip + band.rows);
+                        gemm_rows(workers, isa, call, *skip..*skip + rows.len());
                     } else {
                         gemm(workers, isa, call);
                     }
                 }
+                BandOp::Sums { source, groups, sums } => {
+                    let part = |r: RowsBuf| (self.rows(r, bank, pixels(r, bands.output, rows)), r.c);
+                    let source = Source { parts: source.map(|r| r.map(part)) };
+                    let Dims { h, w, .. } = bands.output;
+                    let image = ImageShape { batch: band.images, h, w, border: Border::default() };
+                    let each = sums_len(&ImageShape { batch: 1, ..image }, groups);
+                    let sums = &mut self.write(sums, bank)[images.start * each..images.end * each];
+                    group_sums(workers, isa, source, image, groups, rows.clone(), sums);
+                }
             }
         }
+    }
+
+    /// The filter of the pass that writes `operand`.
+    fn filter(&self, bands: &Bands, operand: OperandBuf) -> Filter {
+        let of = |op: &BandOp| match op {
+            BandOp::Pass { filter, out, .. } if out.buf == operand.buf => Some(*filter),
+            _ => None,
+        };
+        bands.ops.iter().find_map(of).expect("an operand is written before it is read")
     }
 
     fn step(&self, op: &Op, bank: usize) {
         let (workers, isa) = (self.workers, self.isa);
         let all = |r: RowsBuf, pixels: usize| self.rows(r, bank, 0..pixels);
         match *op {
-            Op::Bands(ref bands) => bands.bands().for_each(|band| self.band(bands, band, bank)),
-            Op::GroupStats { source, image, groups, eps, stats } => {
+            Op::Bands(ref bands) => bands.bands.iter().for_each(|band| self.band(bands, band, bank)),
+            Op::GroupStats { source, image, groups, eps, sums, stats } => {
                 let source = self.source(source, bank, 0..image.pixels());
-                group_stats(workers, isa, source, image, groups, eps, self.write(stats, bank));
+                let (sums, stats) = (self.write(sums, bank), self.write(stats, bank));
+                group_stats(workers, isa, source, image, groups, eps, sums, stats);
+            }
+            Op::GroupFinish { sums, image, channels, groups, eps, stats } => {
+                group_finish(image, channels, groups, eps, self.read(sums, bank), self.write(stats, bank));
             }
             Op::Rows { source, image, norm, activation, out } => {
                 let source = self.source(source, bank, 0..image.pixels());

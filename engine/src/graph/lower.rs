@@ -1,10 +1,13 @@
 //! From a network to steps: which form each value takes, which passes make it, what is done band by band together.
 #![forbid(unsafe_code)]
 
+use std::collections::HashMap;
+
 use kernels::Isa;
 use kernels::attention::{self, AttentionShape, Products};
 use kernels::gemm::{Activation, Filter};
 use kernels::layout::{Encoding, TILE_K, WeightShape};
+use kernels::pass::{sums_len, sums_rows};
 use kernels::view::{Border, ImageShape};
 
 use super::builder::{Dims, Network, Node, Rate, Tensor};
@@ -27,12 +30,21 @@ pub struct Options {
     pub band_bytes: usize,
     /// Bytes of weights that a step may read, unless it is a single layer that has more.
     pub step_weight_bytes: usize,
+    /// As `band_bytes`, for steps that make values again which are not kept as a whole: larger, as bands overlap there.
+    pub chain_bytes: usize,
 }
 
 impl Options {
     /// Bands that stay in a core's second-level cache, steps of no more weights than the largest layer of SD 1.5.
     pub fn new(precision: Precision, isa: Isa, threads: usize) -> Self {
-        Options { precision, isa, threads, band_bytes: 1 << 20, step_weight_bytes: 32 << 20 }
+        Options {
+            precision,
+            isa,
+            threads,
+            band_bytes: 1 << 20,
+            step_weight_bytes: 32 << 20,
+            chain_bytes: 8 << 20,
+        }
     }
 }
 
@@ -46,16 +58,26 @@ pub(super) struct Lowered {
     pub(super) bytes: Vec<usize>,
     pub(super) inputs: Vec<(String, RowsBuf, Rate)>,
     pub(super) outputs: Vec<(String, RowsBuf)>,
+    /// Values that are in memory as a whole, at some time.
+    pub(super) rows: Vec<(Tensor, RowsBuf)>,
 }
 
-/// Lowers `network`; `encodings` as in [`super::Plan::new`].
-pub(super) fn lower(network: &Network, encodings: &[Option<Encoding>], options: Options) -> Lowered {
+/// Lowers `network`; `encodings` as in [`super::Plan::new`]. Values of `remade` ([`can_be_remade`]) are never in memory as a
+/// whole: whoever reads them makes them again, band by band.
+pub(super) fn lower(
+    network: &Network,
+    encodings: &[Option<Encoding>],
+    options: Options,
+    remade: &[Tensor],
+) -> Lowered {
     let mut l = Lowering {
         network,
+        remade,
         encodings,
         options,
         stream: stream_values(network),
         last_use: last_uses(network),
+        stats: HashMap::new(),
         rows: vec![None; network.values.len()],
         bytes: vec![],
         steps: vec![],
@@ -72,13 +94,15 @@ pub(super) fn lower(network: &Network, encodings: &[Option<Encoding>], options: 
     if network.values.iter().all(|v| v.rate == Rate::Run) {
         prologue = l.steps.len(); // an output's own pass included
     }
-    let Lowering { mut bytes, mut steps, inputs, .. } = l;
+    let Lowering { mut bytes, mut steps, inputs, rows, .. } = l;
     for step in &mut steps {
         if let Op::Bands(b) = &mut step.op {
-            size_bands(b, options.band_bytes, &mut bytes);
+            cut_bands(b, options);
+            b.sizes(|buf, size| bytes[buf] = bytes[buf].max(size));
         }
     }
-    Lowered { steps, prologue, bytes, inputs, outputs }
+    let rows = rows.into_iter().enumerate().filter_map(|(i, r)| Some((Tensor(i), r?))).collect();
+    Lowered { steps, prologue, bytes, inputs, outputs, rows }
 }
 
 /// Values of the residual stream, which stay f32 in every precision: sums that go on through many layers, what is added to
@@ -133,12 +157,28 @@ fn last_uses(network: &Network) -> Vec<(usize, usize)> {
     uses
 }
 
+/// Whether `t` may be made again by each of its readers: a GEMM whose readers are passes, GEMMs and norms.
+pub(super) fn can_be_remade(network: &Network, t: Tensor) -> bool {
+    let reads = |n: &Node| n.inputs().contains(&t);
+    matches!(network.nodes[t.0], Node::Gemm { .. })
+        && !network.outputs.iter().any(|(_, o)| *o == t)
+        && network.nodes.iter().filter(|n| reads(n)).all(|n| match n {
+            Node::Gemm { image_bias, .. } => *image_bias != Some(t),
+            Node::GroupNorm { .. } | Node::LayerNorm { .. } | Node::Concat { .. } => true,
+            _ => false,
+        })
+}
+
 struct Lowering<'a> {
     network: &'a Network,
+    /// Values that are never in memory as a whole.
+    remade: &'a [Tensor],
     encodings: &'a [Option<Encoding>],
     options: Options,
     stream: Vec<bool>,
     last_use: Vec<(usize, usize)>,
+    /// Statistics of group norms.
+    stats: HashMap<Tensor, Buf>,
     /// Values in memory as plain rows.
     rows: Vec<Option<RowsBuf>>,
     bytes: Vec<usize>,
@@ -197,20 +237,111 @@ impl Lowering<'_> {
 
     /// What a pass that makes `t` reads and does. Statistics that it needs are a step of their own.
     fn pass_into(&mut self, t: Tensor) -> (SourceBufs, NormSpec, Activation, Vec<usize>) {
+        let (x, norm, activation, weights) = self.pass_of(t);
+        (self.source(x), norm, activation, weights)
+    }
+
+    /// As `pass_into`, with the value that the pass reads in place of its rows.
+    fn pass_of(&mut self, t: Tensor) -> (Tensor, NormSpec, Activation, Vec<usize>) {
         match self.network.nodes[t.0] {
             Node::GroupNorm { x, gamma, beta, groups, eps, activation } => {
-                let source = self.source(x);
-                let image = self.image(x);
-                let stats = self.buffer(image.batch * groups * 2 * 4);
-                self.step(t, Op::GroupStats { source, image, groups, eps, stats }, vec![]);
-                (source, NormSpec::Group { stats, groups, gamma, beta }, activation, vec![gamma, beta])
+                let stats = self.group_stats(t, x, groups, eps);
+                (x, NormSpec::Group { stats, groups, gamma, beta }, activation, vec![gamma, beta])
             }
             Node::LayerNorm { x, gamma, beta, eps } => {
-                (self.source(x), NormSpec::Layer { gamma, beta, eps }, Activation::None, vec![gamma, beta])
+                (x, NormSpec::Layer { gamma, beta, eps }, Activation::None, vec![gamma, beta])
             }
-            Node::Activate { x, activation } => (self.source(x), NormSpec::None, activation, vec![]),
-            _ => (self.source(t), NormSpec::None, Activation::None, vec![]),
+            Node::Activate { x, activation } => (x, NormSpec::None, activation, vec![]),
+            _ => (t, NormSpec::None, Activation::None, vec![]),
         }
+    }
+
+    /// Steps that make the statistics of `x` for the norm `t`.
+    fn group_stats(&mut self, t: Tensor, x: Tensor, groups: usize, eps: f32) -> Buf {
+        if let Some(&stats) = self.stats.get(&t) {
+            return stats;
+        }
+        let image = self.image(x);
+        let stats = self.buffer(image.batch * groups * 2 * 4);
+        let sums = self.buffer(sums_len(&image, groups) * 8);
+        if self.parts(x).iter().any(|p| self.remade.contains(p)) {
+            let dims = self.network.values[x.0].dims;
+            let mut chain = Chain::new(dims);
+            let source = self.chain_source(&mut chain, x, dims);
+            chain.ops.push(BandOp::Sums { source, groups, sums });
+            self.chain_step(t, chain);
+            let channels = self.network.values[x.0].c;
+            self.step(t, Op::GroupFinish { sums, image, channels, groups, eps, stats }, vec![]);
+        } else {
+            let source = self.source(x);
+            self.step(t, Op::GroupStats { source, image, groups, eps, sums, stats }, vec![]);
+        }
+        self.stats.insert(t, stats);
+        stats
+    }
+
+    /// The tensors whose columns make up `t`.
+    fn parts(&self, t: Tensor) -> Vec<Tensor> {
+        match self.network.nodes[t.0] {
+            Node::Concat { a, b } => vec![a, b],
+            _ => vec![t],
+        }
+    }
+
+    /// Rows of the parts of `x` for an operation of `chain`; parts that are not kept are made by it first.
+    fn chain_source(&mut self, chain: &mut Chain, x: Tensor, dims: Dims) -> SourceBufs {
+        let mut source = [None, None];
+        for (rows, part) in source.iter_mut().zip(self.parts(x)) {
+            *rows = Some(self.chain_rows(chain, part, dims));
+        }
+        source
+    }
+
+    /// Rows of `t`, which has images `dims`, for an operation of `chain`.
+    fn chain_rows(&mut self, chain: &mut Chain, t: Tensor, dims: Dims) -> RowsBuf {
+        if !self.remade.contains(&t) {
+            return self.rows_of(t);
+        }
+        if let Some((_, rows)) = chain.made.iter().find(|(made, _)| *made == t) {
+            return *rows;
+        }
+        let v = &self.network.values[t.0];
+        let out = RowsBuf { buf: self.buffer(0), kind: self.rows_kind(t), c: v.c };
+        chain.made.push((t, out));
+        chain.local.push((out, dims));
+        self.chain_gemm(chain, t, dims, out);
+        out
+    }
+
+    /// Appends the pass and the GEMM that make `t`, of images `dims`, in `out`.
+    fn chain_gemm(&mut self, chain: &mut Chain, t: Tensor, dims: Dims, out: RowsBuf) {
+        let Node::Gemm { x, weight, bias, filter, border, image_bias, activation, residual } =
+            self.network.nodes[t.0].clone()
+        else {
+            unreachable!("GEMMs alone are made again")
+        };
+        let kind = self.operand_kind(weight);
+        let (from, norm, pass_activation, weights) = self.pass_of(x);
+        let input = if chain.flat { dims } else { self.network.values[x.0].dims };
+        let source = self.chain_source(chain, from, input);
+        let image_bias = image_bias.map(|t| self.rows_of(t).buf);
+        let residual = match residual {
+            Some(r) => ResidualSpec::Rows(self.chain_rows(chain, r, dims)),
+            None => ResidualSpec::None,
+        };
+        let operand = self.new_operand(kind, self.network.values[x.0].c);
+        let pass =
+            BandOp::Pass { source, input, filter, border, norm, activation: pass_activation, out: operand };
+        let gemm = BandOp::Gemm { operand, weight, bias, image_bias, activation, residual, out };
+        chain.ops.extend([pass, gemm]);
+        chain.weights.extend(weights);
+        chain.weights.push(weight);
+        chain.weights.extend(bias);
+    }
+
+    fn chain_step(&mut self, t: Tensor, chain: Chain) {
+        let Chain { output, ops, local, weights, .. } = chain;
+        self.step(t, Op::Bands(Bands { output, ops, local, bands: vec![] }), weights);
     }
 
     fn operand_kind(&self, weight: usize) -> OperandKind {
@@ -284,85 +415,109 @@ impl Lowering<'_> {
     }
 
     fn gemm(&mut self, t: Tensor, at: usize) {
+        if self.remade.contains(&t) {
+            return; // made by whoever reads it
+        }
         let Node::Gemm { x, weight, bias, filter, border, image_bias, activation, residual } =
             self.network.nodes[t.0].clone()
         else {
             unreachable!("called for GEMM nodes")
         };
+        let residual_in_place = residual.and_then(|r| self.in_place(t, x, r, filter, at));
+        if let Some(rows) = residual_in_place {
+            self.rows[t.0] = Some(rows);
+        }
+        let made = |l: &Self, x: Tensor| l.remade.contains(&x);
+        let source = match self.network.nodes[x.0] {
+            Node::GroupNorm { x, .. } | Node::LayerNorm { x, .. } | Node::Activate { x, .. } => x,
+            _ => x,
+        };
+        let chained = self.parts(source).into_iter().chain(residual).any(|p| made(self, p));
+        if chained {
+            let dims = self.network.values[t.0].dims;
+            let mut chain = Chain::new(dims);
+            let out = self.rows[t.0].unwrap_or_else(|| self.new_rows(t, self.rows_kind(t)));
+            self.chain_gemm(&mut chain, t, dims, out);
+            if residual_in_place.is_some()
+                && let Some(BandOp::Gemm { residual, .. }) = chain.ops.last_mut()
+            {
+                *residual = ResidualSpec::InPlace;
+            }
+            self.chain_step(t, chain);
+            return;
+        }
+
         let kind = self.operand_kind(weight);
         let image_bias = image_bias.map(|t| self.rows_of(t).buf);
         let residual_rows = residual.map(|t| self.rows_of(t));
         let joins = self.joins(t, x, weight, kind, filter, border);
+        let (input, output) = (self.network.values[x.0].dims, self.network.values[t.0].dims);
+        let flat = |d: Dims| Dims { batch: d.batch, h: d.h * d.w, w: 1 };
+        let (input, output) =
+            if filter == Filter::POINT { (flat(input), flat(output)) } else { (input, output) };
         let mut ops = vec![];
         let mut weights = vec![];
-        let operand = match joins {
-            Some(Join::Operand(operand)) => operand,
-            Some(Join::Inner) => {
-                let source = [self.rows[x.0], None];
-                let out = self.new_operand(kind, self.network.values[x.0].c);
-                ops.push(BandOp::Pass { source, norm: NormSpec::None, activation: Activation::None, out });
-                out
-            }
-            None => {
-                let (source, norm, activation, w) = self.pass_into(x);
-                weights = w;
-                let out = self.new_operand(kind, self.network.values[x.0].c);
-                ops.push(BandOp::Pass { source, norm, activation, out });
-                out
-            }
+        let operand = if let Some(Join::Operand(operand)) = joins {
+            operand
+        } else {
+            let (source, norm, activation, w) = match joins {
+                Some(_) => ([self.rows[x.0], None], NormSpec::None, Activation::None, vec![]),
+                None => self.pass_into(x),
+            };
+            weights = w;
+            let out = self.new_operand(kind, self.network.values[x.0].c);
+            ops.push(BandOp::Pass { source, input, filter, border, norm, activation, out });
+            out
         };
         weights.push(weight);
         weights.extend(bias);
-
-        let out_kind = self.rows_kind(t);
-        let residual_dies = |l: &Self, r: Tensor| {
-            let same_rate = l.network.values[r.0].rate == l.network.values[t.0].rate;
-            let input = matches!(l.network.nodes[r.0], Node::Input { .. });
-            same_rate && !input && l.last_use[r.0].0 == at
+        let residual = match (residual_in_place, residual_rows) {
+            (Some(_), _) => ResidualSpec::InPlace,
+            (None, Some(rows)) => ResidualSpec::Rows(rows),
+            (None, None) => ResidualSpec::None,
         };
-        let (residual, out) = match (residual, residual_rows) {
-            // A filter that reaches beyond its pixel could meet what the band before has already overwritten.
-            (Some(r), Some(rows))
-                if rows.kind == out_kind
-                    && residual_dies(self, r)
-                    && (filter == Filter::POINT || !self.reads(x, r)) =>
-            {
-                self.rows[t.0] = Some(rows);
-                (ResidualSpec::InPlace, rows)
-            }
-            (_, Some(rows)) => (ResidualSpec::Rows(rows), self.new_rows(t, out_kind)),
-            _ => (ResidualSpec::None, self.new_rows(t, out_kind)),
-        };
+        let out = self.rows[t.0].unwrap_or_else(|| self.new_rows(t, self.rows_kind(t)));
         ops.push(BandOp::Gemm { operand, weight, bias, image_bias, activation, residual, out });
-
         match joins {
             None => {
-                let (input, output) = (self.network.values[x.0].dims, self.network.values[t.0].dims);
-                let flat = |d: Dims| Dims { batch: d.batch, h: d.h * d.w, w: 1 };
-                let (input, output) =
-                    if filter == Filter::POINT { (flat(input), flat(output)) } else { (input, output) };
-                let bands =
-                    Bands { input, filter, border, output, rows: 0, ops, local: operand_buffers(operand) };
+                let bands = Bands { output, ops, local: vec![], bands: vec![] };
                 self.step(t, Op::Bands(bands), weights);
             }
             Some(join) => {
-                let inner = self.rows[x.0].map(|r| r.buf);
+                let inner = self.rows[x.0];
                 let step = self.steps.last_mut().expect("there is a step to join");
                 step.weights.extend(weights);
                 let Op::Bands(bands) = &mut step.op else { unreachable!("only bands are joined") };
                 bands.ops.extend(ops);
-                if matches!(join, Join::Inner) {
-                    bands.local.extend(inner);
-                    bands.local.extend(operand_buffers(operand));
+                if let (Join::Inner, Some(inner)) = (join, inner) {
+                    bands.local.push((inner, input));
+                    self.bytes[inner.buf] = 0; // a band of it is enough
                 }
             }
         }
+    }
+
+    /// The rows of the residual `r` of `t`, where the sum may take their place: nobody reads them later, and no filter
+    /// that reaches beyond its pixels could meet what the band before has overwritten.
+    fn in_place(&mut self, t: Tensor, x: Tensor, r: Tensor, filter: Filter, at: usize) -> Option<RowsBuf> {
+        if self.remade.contains(&r) {
+            return None;
+        }
+        let same_rate = self.network.values[r.0].rate == self.network.values[t.0].rate;
+        let input = matches!(self.network.nodes[r.0], Node::Input { .. });
+        let dies = self.last_use[r.0].0 == at;
+        let apart = filter == Filter::POINT && !self.remade.contains(&x) || !self.reads(x, r);
+        let rows = self.rows_of(r);
+        (same_rate && !input && dies && apart && rows.kind == self.rows_kind(t)).then_some(rows)
     }
 
     /// Whether the value `x` is made from `r`.
     fn reads(&self, x: Tensor, r: Tensor) -> bool {
         x == r
             || match &self.network.nodes[x.0] {
+                node @ Node::Gemm { .. } if self.remade.contains(&x) => {
+                    node.inputs().into_iter().any(|t| self.reads(t, r))
+                }
                 node @ (Node::GroupNorm { .. }
                 | Node::LayerNorm { .. }
                 | Node::Activate { .. }
@@ -393,7 +548,7 @@ impl Lowering<'_> {
                 BandOp::Gemm { out, residual, .. } => {
                     out.buf == rows && !matches!(residual, ResidualSpec::InPlace)
                 }
-                BandOp::Pass { .. } => false,
+                _ => false,
             })
         };
         if total > self.options.step_weight_bytes {
@@ -404,22 +559,27 @@ impl Lowering<'_> {
         if rate(last) != rate(t) {
             return None;
         }
-        if filter == Filter::POINT
-            && bands.filter == Filter::POINT
-            && self.last_use[x.0].1 == 1
-            && made_by(x).is_some()
-        {
-            return Some(Join::Inner);
-        }
         let Node::Gemm { x: last_x, filter: last_filter, border: last_border, .. } =
             self.network.nodes[last.0]
         else {
             return None;
         };
+        if bands.ops.iter().any(|op| matches!(op, BandOp::Sums { .. }))
+            || bands.local.iter().any(|(rows, _)| self.rows.iter().flatten().all(|r| r.buf != rows.buf))
+        {
+            return None; // a chain
+        }
+        if filter == Filter::POINT
+            && last_filter == Filter::POINT
+            && self.last_use[x.0].1 == 1
+            && made_by(x).is_some()
+        {
+            return Some(Join::Inner);
+        }
         let same = last_x == x && last_filter == filter && last_border == border;
         let operand = bands.ops.iter().rev().find_map(|op| match op {
             BandOp::Pass { out, .. } => Some(*out),
-            BandOp::Gemm { .. } => None,
+            _ => None,
         })?;
         (same && operand.kind == kind).then_some(Join::Operand(operand))
     }
@@ -429,7 +589,7 @@ impl Lowering<'_> {
         let Some(Step { op: Op::Bands(bands), .. }) = self.steps.last() else { return vec![] };
         let outs = bands.ops.iter().filter_map(|op| match op {
             BandOp::Gemm { weight, .. } => Some(*weight),
-            BandOp::Pass { .. } => None,
+            _ => None,
         });
         let node = |w: usize| {
             self.network.nodes.iter().position(|n| matches!(n, Node::Gemm { weight, .. } if *weight == w))
@@ -447,58 +607,45 @@ enum Join {
     Inner,
 }
 
-fn operand_buffers(o: OperandBuf) -> Vec<Buf> {
-    std::iter::once(o.buf).chain(o.scale).collect()
+/// Operations that make values which are not kept, and then what reads them.
+#[derive(Debug)]
+struct Chain {
+    output: Dims,
+    /// Whether rows are single pixels.
+    flat: bool,
+    ops: Vec<BandOp>,
+    local: Vec<(RowsBuf, Dims)>,
+    made: Vec<(Tensor, RowsBuf)>,
+    weights: Vec<usize>,
 }
 
-/// Chooses the rows of a band so that what is local to it takes `target` bytes, and sizes those buffers.
-fn size_bands(bands: &mut Bands, target: usize, bytes: &mut [usize]) {
-    // Bytes per output row and image, about: inner values, and operands over the input rows behind an output row.
-    let row = |b: &Bands| {
-        let mut sum = 0;
-        for (i, op) in b.ops.iter().enumerate() {
-            match op {
-                BandOp::Pass { out, .. } => {
-                    let (w, per) = if i == 0 {
-                        let border = b.border.left + b.border.right;
-                        (b.input.w + border, b.input.h.div_ceil(b.output.h))
-                    } else {
-                        (b.output.w, 1)
-                    };
-                    sum += w * per * out.stride * out.kind.bytes();
-                }
-                BandOp::Gemm { out, .. } if b.local.contains(&out.buf) => {
-                    sum += b.output.w * out.c * out.kind.bytes();
-                }
-                BandOp::Gemm { .. } => {}
-            }
-        }
-        sum.max(1)
+impl Chain {
+    fn new(output: Dims) -> Self {
+        Chain { output, flat: false, ops: vec![], local: vec![], made: vec![], weights: vec![] }
+    }
+}
+
+/// Cuts `b` into the largest bands whose own buffers fit.
+fn cut_bands(b: &mut Bands, options: Options) {
+    let image = ImageShape { batch: b.output.batch, h: b.output.h, w: b.output.w, border: Border::default() };
+    let sums = b.ops.iter().any(|op| matches!(op, BandOp::Sums { .. }));
+    let doubles = |op: &BandOp| matches!(op, BandOp::Pass { filter, .. } if filter.upsample);
+    let unit = match sums {
+        true => sums_rows(&image),
+        false if b.ops.iter().any(doubles) => 2, // windows begin at whole rows of the input
+        false => 1,
     };
-    let all = bands.output.batch * bands.output.h;
-    let mut rows = (target / row(bands)).clamp(1, all);
-    if bands.filter.upsample {
-        rows = rows.next_multiple_of(2); // bands begin at even rows
-    }
-    bands.rows = rows;
-    let (mut operand_rows, mut pixels) = (0, 0);
-    for band in bands.bands() {
-        operand_rows = operand_rows.max(bands.window(band).shape.operand_rows());
-        pixels = pixels.max(band.images * band.rows * bands.output.w);
-    }
-    for (i, op) in bands.ops.iter().enumerate() {
-        match op {
-            BandOp::Pass { out, .. } => {
-                let rows = if i == 0 { operand_rows } else { pixels };
-                bytes[out.buf] = rows * out.stride * out.kind.bytes();
-                if let Some(scale) = out.scale {
-                    bytes[scale] = rows * 4;
-                }
-            }
-            BandOp::Gemm { out, .. } if bands.local.contains(&out.buf) => {
-                bytes[out.buf] = pixels * out.c * out.kind.bytes();
-            }
-            BandOp::Gemm { .. } => {}
+    let passes =
+        b.ops.iter().filter(|op| matches!(op, BandOp::Pass { filter, .. } if *filter != Filter::POINT));
+    let target = if passes.count() > 1 || sums { options.chain_bytes } else { options.band_bytes };
+    let all = b.output.batch * b.output.h;
+    // Halving finds the size soon enough: bands need not be as large as can be.
+    let mut rows = all;
+    loop {
+        b.cut(rows, unit);
+        if rows <= unit || b.local_bytes() <= target {
+            return;
         }
+        rows = (rows / 2).max(1);
     }
 }

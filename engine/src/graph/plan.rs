@@ -4,8 +4,8 @@
 use kernels::layout::Encoding;
 
 use super::arena::{Life, Region, place};
-use super::builder::{Network, Rate};
-use super::lower::{Lowered, Options, lower};
+use super::builder::{Network, Rate, Tensor};
+use super::lower::{Lowered, Options, can_be_remade, lower};
 use super::steps::{Buf, RowsBuf, Step};
 use super::weight::{WeightKind, WeightSpec};
 
@@ -22,6 +22,9 @@ pub struct Plan {
     encodings: Vec<Option<Encoding>>,
     inputs: Vec<(String, RowsBuf, Rate)>,
     outputs: Vec<(String, RowsBuf)>,
+    /// Values that are kept as a whole.
+    rows: Vec<(Tensor, RowsBuf)>,
+    lives: Vec<Life>,
     regions: Vec<Region>,
     persistent: Vec<bool>,
     persistent_bytes: usize,
@@ -35,8 +38,46 @@ impl Plan {
     /// # Panics
     /// Where `encodings` is not as long as the list of weights, or a matrix has none.
     pub fn new(network: &Network, encodings: &[Option<Encoding>], options: Options) -> Plan {
+        Plan::remaking(network, encodings, options, &[])
+    }
+
+    /// As [`Plan::new`], in an arena of at most `bytes` (of one bank), if that can be: values are made again by each of their
+    /// readers, band by band, in place of being kept as a whole, as few and as small as it takes. The result is the same.
+    pub fn fitting(
+        network: &Network,
+        encodings: &[Option<Encoding>],
+        options: Options,
+        bytes: usize,
+    ) -> Option<Plan> {
+        let mut remade = vec![];
+        loop {
+            let plan = Plan::remaking(network, encodings, options, &remade);
+            if plan.arena_bytes(1) <= bytes {
+                return Some(plan);
+            }
+            remade.push(plan.largest_at_peak(network)?);
+        }
+    }
+
+    /// Of the values that are in memory when most is, the largest that could be made again.
+    fn largest_at_peak(&self, network: &Network) -> Option<Tensor> {
+        let held = |at: usize| self.lives.iter().filter(move |l| l.first <= at && at <= l.last);
+        let peak = (0..=self.steps.len()).max_by_key(|&at| held(at).map(|l| l.bytes).sum::<usize>())?;
+        let there = |buf: Buf| self.lives[buf].first <= peak && peak <= self.lives[buf].last;
+        let whole = self.rows.iter().filter(|(t, r)| there(r.buf) && can_be_remade(network, *t));
+        let (t, _) = whole.max_by_key(|(_, r)| self.lives[r.buf].bytes)?;
+        Some(*t)
+    }
+
+    fn remaking(
+        network: &Network,
+        encodings: &[Option<Encoding>],
+        options: Options,
+        remade: &[Tensor],
+    ) -> Plan {
         assert_eq!(network.weights().len(), encodings.len(), "an encoding for each weight");
-        let Lowered { steps, prologue, bytes, inputs, outputs } = lower(network, encodings, options);
+        let Lowered { steps, prologue, bytes, inputs, outputs, rows } =
+            lower(network, encodings, options, remade);
         let lives = lives(&steps, prologue, &bytes, &inputs, &outputs);
         // What the prologue leaves for the steps outlives them all, in a part of the arena of its own.
         let persistent: Vec<bool> = lives.iter().map(|l| l.first < prologue && l.last >= prologue).collect();
@@ -58,6 +99,8 @@ impl Plan {
             encodings: encodings.to_vec(),
             inputs,
             outputs,
+            rows,
+            lives,
             regions,
             persistent,
             persistent_bytes: sizes[1].next_multiple_of(4096),

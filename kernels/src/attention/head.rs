@@ -6,6 +6,9 @@ use crate::view::Rows;
 
 use super::{AttentionShape, Mask};
 
+/// Stands for a score of minus infinity: below every score that isn't masked, and where running maxima begin.
+pub(super) const LEAST: f32 = -1e30;
+
 /// Keys and values of one head.
 #[derive(Clone, Copy)]
 pub(super) struct KvHead<'a> {
@@ -83,7 +86,7 @@ impl QueryHead<'_> {
                     for (v, row) in row.chunks_exact_mut(S::LANES).enumerate() {
                         // Lane l is query first + v * LANES + l.
                         let position = s.splat(key as f32 - (first + v * S::LANES) as f32);
-                        let hidden = s.splat(f32::NEG_INFINITY);
+                        let hidden = s.splat(LEAST);
                         s.store(s.select_lt(lanes, position, hidden, s.load(row)), row);
                     }
                 }
@@ -100,7 +103,7 @@ impl QueryHead<'_> {
                         let square = load_square(s, &bias[at + key..], nk, queries, columns);
                         for (j, &b) in square[..columns].iter().enumerate() {
                             let row = &mut scores[(key + j) * n + query..];
-                            let b = s.mul(b, s.splat(std::f32::consts::LOG2_E));
+                            let b = s.mul(s.max(b, s.splat(LEAST)), s.splat(std::f32::consts::LOG2_E));
                             s.store(s.fma(s.load(row), s.splat(factor), b), row);
                         }
                     }

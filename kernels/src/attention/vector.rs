@@ -6,7 +6,7 @@ use crate::math;
 use crate::simd::{Element, MAX_LANES, Simd, SimdOp};
 use crate::view::Rows;
 
-use super::head::{KvHead, QueryHead, Write, load_square};
+use super::head::{KvHead, LEAST, QueryHead, Write, load_square};
 use super::{AttentionShape, KEYS};
 
 /// Keys in a panel of K, and the multiple to which V's columns are padded.
@@ -154,9 +154,6 @@ impl<W: Write> SimdOp for Block<'_, W> {
     }
 }
 
-/// Below every score that isn't masked: where the running maximum begins.
-pub(super) const LEAST: f32 = -1e30;
-
 /// How far (in powers of two) a score may lie above the running maximum before the maximum moves. Exponentials stay far
 /// from overflow, and the sums so far are rescaled rarely.
 const HEADROOM: f32 = 8.0;
@@ -177,7 +174,7 @@ impl Softmax<'_> {
     fn block<S: Simd, const COARSE: bool>(&mut self, s: S, scores: &mut [f32], factor: f32, n: usize) {
         let factor = s.splat(factor);
         for at in (0..n).step_by(S::LANES) {
-            let mut block_most = s.splat(f32::NEG_INFINITY);
+            let mut block_most = s.splat(LEAST);
             for row in scores.chunks_exact(n) {
                 block_most = s.max(s.load(&row[at..]), block_most);
             }

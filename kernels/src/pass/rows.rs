@@ -12,6 +12,9 @@ use super::{Norm, Walk};
 /// Rows of f32 that a task keeps in scratch memory.
 pub(super) const SCRATCH_ROWS: usize = 4;
 
+/// How many bytes ahead of a sweep memory is asked for: about two pages, which hardware does not look beyond.
+pub(super) const AHEAD: usize = 4096;
+
 /// Some output rows of a pass.
 pub(super) struct Chunk<'a> {
     pub(super) walk: Walk<'a>,
@@ -290,6 +293,7 @@ fn sweep_part<S: Simd, T: Element>(
     let row = &mut row[..n];
     let mut i = 0;
     while i + S::LANES <= n {
+        s.prefetch(&src[i..i + S::LANES], AHEAD);
         let y = f.of(s, affine.apply(s, T::load(s, &src[i..i + S::LANES]), i));
         s.store(y, &mut row[i..i + S::LANES]);
         found = Found { most: s.max(s.abs(y), found.most), sum: s.add(y, found.sum) };

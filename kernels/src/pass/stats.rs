@@ -1,5 +1,7 @@
 //! Statistics of groups of channels.
 
+use std::ops::Range;
+
 use bytemuck::cast_slice_mut;
 
 use crate::Isa;
@@ -8,6 +10,7 @@ use crate::simd::{Element, Simd, SimdOp, dispatch};
 use crate::view::{ImageShape, Rows};
 
 use super::Source;
+use super::rows::AHEAD;
 
 /// Tasks that share one image.
 const TASKS: usize = 64;
@@ -19,10 +22,11 @@ const PIXELS: usize = 64;
 const STEP: usize = 4;
 
 /// Mean and reciprocal standard deviation of each group of channels over each image: `stats` is `[batch, groups, 2]`.
-/// The biased variance, as PyTorch's `group_norm`.
+/// The biased variance, as PyTorch's `group_norm`. `sums` has [`sums_len`] numbers and needs no content.
 ///
 /// # Panics
 /// Where shapes don't agree.
+#[allow(clippy::too_many_arguments)]
 pub fn group_stats(
     workers: &Workers,
     isa: Isa,
@@ -30,26 +34,85 @@ pub fn group_stats(
     image: ImageShape,
     groups: usize,
     eps: f32,
+    sums: &mut [f64],
     stats: &mut [f32],
 ) {
+    group_sums(workers, isa, source, image, groups, 0..image.h, sums);
+    group_finish(image, source.columns(), groups, eps, sums, stats);
+}
+
+/// Pixels whose sums are kept together: a whole number of lines where these are long.
+fn chunk_pixels(image: &ImageShape) -> usize {
+    (image.h * image.w).div_ceil(TASKS).next_multiple_of(PIXELS).max(1)
+}
+
+/// How many numbers [`group_sums`] writes: a sum and a sum of squares for each image, chunk of pixels and group.
+pub fn sums_len(image: &ImageShape, groups: usize) -> usize {
+    image.batch * (image.h * image.w).div_ceil(chunk_pixels(image)) * groups * 2
+}
+
+/// Image rows that [`group_sums`] can be called with at a time are multiples of this, but for the last.
+pub fn sums_rows(image: &ImageShape) -> usize {
+    let chunk = chunk_pixels(image);
+    // The least number of rows that is a whole number of chunks.
+    (1..image.h).find(|rows| (rows * image.w).is_multiple_of(chunk)).unwrap_or(image.h)
+}
+
+/// Adds up rows `rows` of every image; `source` holds just these. `sums` is that of the whole images, so that bands make the
+/// same numbers as the whole at once.
+///
+/// # Panics
+/// Where shapes don't agree, or a band begins or ends inside a chunk ([`sums_rows`]).
+pub fn group_sums(
+    workers: &Workers,
+    isa: Isa,
+    source: Source<'_>,
+    image: ImageShape,
+    groups: usize,
+    rows: Range<usize>,
+    sums: &mut [f64],
+) {
     let (columns, pixels) = (source.columns(), image.h * image.w);
-    source.check(image.pixels());
+    let part = rows.len() * image.w;
+    source.check(image.batch * part);
     assert!(groups > 0 && columns.is_multiple_of(groups), "{columns} channels in {groups} groups");
-    assert_eq!(stats.len(), image.batch * groups * 2, "statistics of {} x {groups} groups", image.batch);
-    let chunk = pixels.div_ceil(TASKS).next_multiple_of(PIXELS).max(1);
+    assert_eq!(sums.len(), sums_len(&image, groups), "sums of {image:?} in {groups} groups");
+    let chunk = chunk_pixels(&image);
     let chunks = pixels.div_ceil(chunk);
-    // [batch, chunks, groups, 2]: sum and sum of squares.
-    let mut sums = vec![0f64; image.batch * chunks * groups * 2];
-    let parts = Shared::new(&mut sums);
-    workers.for_each(image.batch * chunks, |task, scratch| {
+    let (first, end) = (rows.start * image.w, rows.end * image.w);
+    assert!(
+        first.is_multiple_of(chunk) && (end == pixels || end.is_multiple_of(chunk)) && end <= pixels,
+        "rows {rows:?} of {image:?}"
+    );
+    let here = first / chunk..end.div_ceil(chunk);
+    let parts = Shared::new(sums);
+    workers.for_each(image.batch * here.len(), |task, scratch| {
+        let (at, c) = (task / here.len(), here.start + task % here.len());
         // SAFETY: each task has its own part.
-        let sums = unsafe { parts.slice(task * groups * 2, groups * 2) };
-        let first = task % chunks * chunk;
-        let base = task / chunks * pixels;
-        let rows = base + first..base + (first + chunk).min(pixels);
+        let sums = unsafe { parts.slice((at * chunks + c) * groups * 2, groups * 2) };
+        sums.fill(0.0);
+        let base = at * part;
+        let rows = base + c * chunk - first..base + ((c + 1) * chunk).min(end) - first;
         dispatch(isa, Moments { source, rows, sums, scratch: cast_slice_mut(scratch) });
     });
-    let count = (pixels * (columns / groups)) as f64;
+}
+
+/// Statistics from the sums of whole images of `channels` channels.
+///
+/// # Panics
+/// Where shapes don't agree.
+pub fn group_finish(
+    image: ImageShape,
+    channels: usize,
+    groups: usize,
+    eps: f32,
+    sums: &[f64],
+    stats: &mut [f32],
+) {
+    assert_eq!(sums.len(), sums_len(&image, groups), "sums of {image:?} in {groups} groups");
+    assert_eq!(stats.len(), image.batch * groups * 2, "statistics of {} x {groups} groups", image.batch);
+    let chunks = sums.len() / (image.batch * groups * 2).max(1);
+    let count = (image.h * image.w * (channels / groups)) as f64;
     for (image, stats) in stats.chunks_exact_mut(groups * 2).enumerate() {
         for (g, stats) in stats.chunks_exact_mut(2).enumerate() {
             let parts = (0..chunks).map(|c| ((image * chunks + c) * groups + g) * 2);
@@ -162,6 +225,7 @@ impl Channels<'_> {
             let k = s.load(&shift[i..end]);
             let (mut a, mut b) = (s.load(&sum[i..end]), s.load(&squares[i..end]));
             for pixel in pixels {
+                s.prefetch(&pixel[i..end], AHEAD);
                 let d = s.sub(T::load(s, &pixel[i..end]), k);
                 a = s.add(a, d);
                 b = s.fma(d, d, b);

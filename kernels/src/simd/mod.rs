@@ -39,6 +39,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn load_bf16(self, src: &[bf16]) -> Self::F;
     /// Loads and widens all of `src`, fewer than `LANES` elements.
     fn load_bf16_partial(self, src: &[bf16]) -> Self::F;
+    /// Asks for the cache line `ahead` bytes behind the beginning of `src`, which may lie outside.
+    fn prefetch<T>(self, src: &[T], ahead: usize);
     /// Stores `LANES` elements.
     fn store(self, v: Self::F, dst: &mut [f32]);
     /// Stores the first `dst.len() < LANES` lanes.
@@ -74,6 +76,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn round(self, a: Self::F) -> Self::F;
     /// `a * 2^n` for `a` in `[0.5, 2)` and an integer `n` where the result is a normal number.
     fn mul_pow2(self, a: Self::F, n: Self::F) -> Self::F;
+    /// `a - floor(a)`, in `[0, 1]`; for a finite `a`.
+    fn fraction(self, a: Self::F) -> Self::F;
+    /// `a * 2^floor(n)` for `a` in `[1, 2.1)` and a finite `n` below 126; where `n < -126`, at most 2^-125.
+    fn mul_pow2_floor(self, a: Self::F, n: Self::F) -> Self::F;
     /// Lane by lane `a < b ? x : y`.
     fn select_lt(self, a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F;
     /// Whether `a < b` in any lane.
@@ -223,6 +229,17 @@ pub(crate) mod tests {
             each(s.div(v, s.splat(3.0)), &|x| x / 3.0);
             each(s.sub(s.add(v, v), s.mul(v, v)), &|x| (x + x) - x * x);
             each(s.select_lt(v, s.splat(1.0), s.splat(5.0), v), &|x| if x < 1.0 { 5.0 } else { x });
+            each(s.fraction(v), &|x| x - x.floor());
+            for e in [-126.0, -5.5, -0.1, 0.0, 7.9, 125.0] {
+                let want = vec![2.0625 * 2f32.powi(f32::floor(e) as i32); n];
+                assert_eq!(get(s.mul_pow2_floor(s.splat(2.0625), s.splat(e))), want);
+            }
+            for e in [-127.0, -1000.0, -1e9, -1e30] {
+                assert!(
+                    (0.0..=2f32.powi(-125)).contains(&get(s.mul_pow2_floor(s.splat(1.5), s.splat(e)))[0]),
+                    "{e}"
+                );
+            }
             for x in [1.0, 1.3, 1.999, 77.7, 1e-30, 1e37] {
                 assert!((get(s.recip_coarse(s.splat(x)))[0] * x - 1.0).abs() < 1e-4, "1 / {x}");
             }

@@ -93,6 +93,14 @@ impl Simd for Neon {
         self.load_bf16(&all)
     }
     #[inline(always)]
+    fn prefetch<T>(self, src: &[T], ahead: usize) {
+        let at = src.as_ptr().cast::<u8>().wrapping_add(ahead);
+        // SAFETY: a prefetch has no effect but on caches, whatever the address.
+        unsafe {
+            std::arch::asm!("prfm pldl1keep, [{}]", in(reg) at, options(nostack, readonly, preserves_flags))
+        }
+    }
+    #[inline(always)]
     fn store(self, v: float32x4_t, dst: &mut [f32]) {
         let dst = &mut dst[..4];
         tier!(vst1q_f32(dst.as_mut_ptr(), v))
@@ -175,6 +183,14 @@ impl Simd for Neon {
             let exponent = vshlq_n_s32::<23>(vcvtnq_s32_f32(n));
             vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), exponent))
         })
+    }
+    #[inline(always)]
+    fn fraction(self, a: float32x4_t) -> float32x4_t {
+        tier!(vsubq_f32(a, vrndmq_f32(a)))
+    }
+    #[inline(always)]
+    fn mul_pow2_floor(self, a: float32x4_t, n: float32x4_t) -> float32x4_t {
+        tier!(self.mul_pow2(a, vrndmq_f32(vmaxq_f32(n, vdupq_n_f32(-126.0)))))
     }
     #[inline(always)]
     fn select_lt(self, a: float32x4_t, b: float32x4_t, x: float32x4_t, y: float32x4_t) -> float32x4_t {

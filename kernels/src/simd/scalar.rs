@@ -23,6 +23,13 @@ fn zip(a: [f32; N], b: [f32; N], f: impl Fn(f32, f32) -> f32) -> [f32; N] {
 /// `1.5 * 2^23`: adding it leaves no bits for a fraction.
 const ROUND: f32 = 12_582_912.0;
 
+/// `x.floor()` without a call.
+#[inline(always)]
+fn floor(x: f32) -> f32 {
+    let whole = if x.abs() < 4_194_304.0 { (x + ROUND) - ROUND } else { x };
+    if whole > x { whole - 1.0 } else { whole }
+}
+
 #[inline(always)]
 fn code(x: f32) -> u8 {
     (((x.clamp(-127.0, 127.0) + ROUND).to_bits() as i32 - ROUND.to_bits() as i32) + 128).clamp(1, 255) as u8
@@ -61,6 +68,8 @@ impl Simd for Scalar {
         v[..src.len()].copy_from_slice(src);
         self.load_bf16(&v)
     }
+    #[inline(always)]
+    fn prefetch<T>(self, _: &[T], _: usize) {}
     #[inline(always)]
     fn store(self, v: [f32; N], dst: &mut [f32]) {
         dst[..N].copy_from_slice(&v);
@@ -131,6 +140,14 @@ impl Simd for Scalar {
     #[inline(always)]
     fn mul_pow2(self, a: [f32; N], n: [f32; N]) -> [f32; N] {
         zip(a, n, |a, n| f32::from_bits(a.to_bits().wrapping_add((n + ROUND).to_bits() << 23)))
+    }
+    #[inline(always)]
+    fn fraction(self, a: [f32; N]) -> [f32; N] {
+        map(a, |x| x - floor(x))
+    }
+    #[inline(always)]
+    fn mul_pow2_floor(self, a: [f32; N], n: [f32; N]) -> [f32; N] {
+        self.mul_pow2(a, map(n, |n| floor(if n > -126.0 { n } else { -126.0 })))
     }
     #[inline(always)]
     fn select_lt(self, a: [f32; N], b: [f32; N], x: [f32; N], y: [f32; N]) -> [f32; N] {

@@ -40,6 +40,12 @@ pub(super) fn run_avx512<O: SimdOp>(op: O) -> O::Output {
     unsafe { enter(op) }
 }
 
+#[inline(always)]
+fn prefetch<T>(src: &[T], ahead: usize) {
+    // SAFETY: a prefetch has no effect but on caches, whatever the address.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(src.as_ptr().cast::<i8>().wrapping_add(ahead)) }
+}
+
 /// An expression of intrinsics of the tier whose token is `self`.
 macro_rules! tier {
     ($e:expr) => {{
@@ -129,6 +135,10 @@ impl Simd for Avx2 {
         self.load_bf16(&all)
     }
     #[inline(always)]
+    fn prefetch<T>(self, src: &[T], ahead: usize) {
+        prefetch(src, ahead);
+    }
+    #[inline(always)]
     fn store(self, v: __m256, dst: &mut [f32]) {
         let dst = &mut dst[..8];
         tier!(_mm256_storeu_ps(dst.as_mut_ptr(), v))
@@ -213,6 +223,14 @@ impl Simd for Avx2 {
             let exponent = _mm256_slli_epi32::<23>(_mm256_cvtps_epi32(n));
             _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), exponent))
         })
+    }
+    #[inline(always)]
+    fn fraction(self, a: __m256) -> __m256 {
+        tier!(_mm256_sub_ps(a, _mm256_floor_ps(a)))
+    }
+    #[inline(always)]
+    fn mul_pow2_floor(self, a: __m256, n: __m256) -> __m256 {
+        tier!(self.mul_pow2(a, _mm256_max_ps(_mm256_floor_ps(n), _mm256_set1_ps(-126.0))))
     }
     #[inline(always)]
     fn select_lt(self, a: __m256, b: __m256, x: __m256, y: __m256) -> __m256 {
@@ -332,6 +350,10 @@ impl Simd for Avx512 {
         })
     }
     #[inline(always)]
+    fn prefetch<T>(self, src: &[T], ahead: usize) {
+        prefetch(src, ahead);
+    }
+    #[inline(always)]
     fn store(self, v: __m512, dst: &mut [f32]) {
         let dst = &mut dst[..16];
         tier!(_mm512_storeu_ps(dst.as_mut_ptr(), v))
@@ -405,6 +427,14 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     fn mul_pow2(self, a: __m512, n: __m512) -> __m512 {
+        tier!(_mm512_scalef_ps(a, n))
+    }
+    #[inline(always)]
+    fn fraction(self, a: __m512) -> __m512 {
+        tier!(_mm512_reduce_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(a))
+    }
+    #[inline(always)]
+    fn mul_pow2_floor(self, a: __m512, n: __m512) -> __m512 {
         tier!(_mm512_scalef_ps(a, n))
     }
     #[inline(always)]
