@@ -5,8 +5,13 @@ pub mod numpy;
 pub mod score;
 
 use std::collections::HashMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use convert::{Options, Quant};
+use engine::format::ModelFile;
+use engine::pipeline::{Pipeline, Settings};
+use engine::precision::Precision;
 use safetensors::{Dtype, SafeTensors};
 
 /// The folder `models/demo`.
@@ -83,6 +88,30 @@ impl Golden {
     fn entry(&self, name: &str) -> &(Vec<usize>, Vec<f32>) {
         self.tensors.get(name).unwrap_or_else(|| panic!("no tensor {name}"))
     }
+}
+
+/// The checkpoint, converted with `--quant quant`.
+pub fn model(checkpoint: &Path, quant: Quant) -> ModelFile {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("model.sdq");
+    let options = Options {
+        checkpoint: checkpoint.to_owned(),
+        output: Some(output.clone()),
+        quant,
+        ..Options::default()
+    };
+    convert::convert(&options, &|_| {}).unwrap_or_else(|e| panic!("{}: {e}", checkpoint.display()));
+    ModelFile::open(&output).unwrap()
+}
+
+/// A pipeline for the checkpoint, converted with `--quant quant`, on all processors.
+pub fn pipeline(checkpoint: &Path, quant: Quant, precision: Precision) -> Pipeline {
+    Pipeline::new(model(checkpoint, quant), Settings { precision, ..Settings::default() }).unwrap()
+}
+
+/// Writes a line that shows in a test run that passes, too.
+pub fn report(line: &str) {
+    writeln!(std::io::stderr(), "{line}").unwrap();
 }
 
 /// `|got - want| / |want|` in the Euclidean norm.

@@ -18,7 +18,7 @@ pub fn clip(index: usize, cfg: &ClipConfig, batch: usize, output_layer: usize) -
     let ids = b.ids("ids", dims, Rate::Run);
     let wanted = cfg.num_hidden_layers + 1 - output_layer.clamp(1, cfg.num_hidden_layers);
     let last = if cfg.projection_dim.is_some() { cfg.num_hidden_layers } else { wanted };
-    b.within("text_model", |b| {
+    let normed = b.within("text_model", |b| {
         let mut x = b.within("embeddings", |b| {
             b.lookup(
                 ids,
@@ -44,12 +44,11 @@ pub fn clip(index: usize, cfg: &ClipConfig, batch: usize, output_layer: usize) -
         };
         b.output("hidden", out);
         normed
-    })
-    .zip(cfg.projection_dim)
-    .map(|(normed, dim)| {
+    });
+    if let (Some(normed), Some(dim)) = (normed, cfg.projection_dim) {
         let pooled = b.linear(normed, "text_projection", dim, Role::Pooled).no_bias().build();
         b.output("pooled", pooled);
-    });
+    }
     b.finish()
 }
 
