@@ -54,11 +54,30 @@ impl QueryHead<'_> {
     /// Writes queries `first .. first + n`, transposed, to `out`, `[d, n]`. Queries past the end are zero.
     #[inline(always)]
     pub(super) fn load_transposed<S: Simd>(&self, s: S, first: usize, n: usize, out: &mut [f32]) {
-        let start = (self.sequence * self.shape.nq + first) * self.stride + self.head * self.shape.d;
-        let valid = n.min(self.shape.nq - first);
+        for i in (0..n).step_by(S::LANES) {
+            for c in (0..self.shape.d).step_by(S::LANES) {
+                let square = self.columns(s, first + i, c);
+                for (column, row) in square[..S::LANES].iter().zip(out[c * n..].chunks_exact_mut(n)) {
+                    s.store(*column, &mut row[i..]);
+                }
+            }
+        }
+    }
+
+    /// A vector of queries from `first` on in each of the columns from `column` on: vector `j` is column `column + j`. What
+    /// lies outside is zero.
+    #[inline(always)]
+    pub(super) fn columns<S: Simd>(&self, s: S, first: usize, column: usize) -> [S::F; MAX_LANES] {
+        let AttentionShape { nq, d, .. } = self.shape;
+        let rows = S::LANES.min(nq.saturating_sub(first));
+        let columns = S::LANES.min(d.saturating_sub(column));
+        if rows == 0 || columns == 0 {
+            return [s.splat(0.0); MAX_LANES];
+        }
+        let start = (self.sequence * nq + first) * self.stride + self.head * d + column;
         match self.q {
-            Rows::F32(q) => transpose_into(s, &q[start..], self.stride, valid, self.shape.d, n, out),
-            Rows::Bf16(q) => transpose_into(s, &q[start..], self.stride, valid, self.shape.d, n, out),
+            Rows::F32(q) => load_square(s, &q[start..], self.stride, rows, columns),
+            Rows::Bf16(q) => load_square(s, &q[start..], self.stride, rows, columns),
         }
     }
 
@@ -95,7 +114,7 @@ impl QueryHead<'_> {
             Mask::Bias(bias) => {
                 let AttentionShape { nq, nk, .. } = self.shape;
                 let keys = scores.len() / n;
-                for query in (0..n.min(nq - first)).step_by(S::LANES) {
+                for query in (0..n.min(nq.saturating_sub(first))).step_by(S::LANES) {
                     let at = (self.head * nq + first + query) * nk + first_key;
                     let queries = S::LANES.min(nq - first - query);
                     for key in (0..keys).step_by(S::LANES) {
@@ -133,7 +152,7 @@ impl QueryHead<'_> {
         write: &mut impl Write,
     ) {
         let AttentionShape { nq, d, .. } = self.shape;
-        for query in (0..n.min(nq - first)).step_by(S::LANES) {
+        for query in (0..n.min(nq.saturating_sub(first))).step_by(S::LANES) {
             let inverse = s.div(s.splat(1.0), s.load(&sum[query..]));
             for c in (0..d).step_by(S::LANES) {
                 let columns = S::LANES.min(d - c);
@@ -154,33 +173,6 @@ impl QueryHead<'_> {
 pub(super) trait Write {
     /// Stores the first `lanes` lanes of `v` from element `at` on.
     fn write<S: Simd>(&mut self, s: S, at: usize, v: S::F, lanes: usize);
-}
-
-/// `out[c, i] = src[i, c]`: `[d, n]` from `valid` rows of `d` columns, zeros where `i >= valid`.
-#[inline(always)]
-fn transpose_into<S: Simd, T: Element>(
-    s: S,
-    src: &[T],
-    stride: usize,
-    valid: usize,
-    d: usize,
-    n: usize,
-    out: &mut [f32],
-) {
-    for i in (0..n).step_by(S::LANES) {
-        for c in (0..d).step_by(S::LANES) {
-            let columns = S::LANES.min(d - c);
-            let rows = S::LANES.min(valid.saturating_sub(i));
-            let square = if rows > 0 {
-                load_square(s, &src[i * stride + c..], stride, rows, columns)
-            } else {
-                [s.splat(0.0); MAX_LANES]
-            };
-            for (j, &column) in square[..columns].iter().enumerate() {
-                s.store(column, &mut out[(c + j) * n + i..]);
-            }
-        }
-    }
 }
 
 /// Loads a square of up to `LANES` rows and columns, transposed: vector `j` holds column `j`. What lies outside is zero.

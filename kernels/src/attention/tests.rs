@@ -3,7 +3,8 @@ use crate::reference::attention as reference;
 
 /// Every tier whose attention is a different one.
 fn tiers() -> Vec<Isa> {
-    crate::simd::tests::tiers()
+    let amx = Isa::Amx.is_available().then_some(Isa::Amx);
+    crate::simd::tests::tiers().into_iter().chain(amx).collect()
 }
 
 /// Uniform numbers with a standard deviation of `deviation`.
@@ -182,10 +183,11 @@ fn threads_do_not_change_a_bit() {
                     products,
                     out: RowsMut::F32(&mut out),
                 };
-                let mut lines = vec![[0f32; 16]; workspace_bytes(&shape, isa, products, threads) / 64 + 1];
+                let mut lines = vec![[0f32; 16]; workspace_bytes(&shape, isa, products, threads) / 64 + 2];
                 let workspace: &mut [u8] = cast_slice_mut(&mut lines);
                 let skew = workspace.as_ptr().align_offset(64);
-                attention(&Workers::new(threads), isa, call, &mut workspace[skew..]);
+                let bytes = workspace.len() - 64;
+                attention(&Workers::new(threads), isa, call, &mut workspace[skew..skew + bytes]);
                 out
             };
             assert_eq!(run(1), run(3), "{isa:?} {products:?}");

@@ -6,11 +6,12 @@ use crate::math;
 use crate::simd::{Element, MAX_LANES, Simd, SimdOp};
 use crate::view::Rows;
 
-use super::head::{KvHead, LEAST, QueryHead, Write, load_square};
+use super::head::{KvHead, QueryHead, Write, load_square};
+use super::softmax::Softmax;
 use super::{AttentionShape, KEYS};
 
 /// Keys in a panel of K, and the multiple to which V's columns are padded.
-pub(super) const PANEL: usize = 8;
+const PANEL: usize = 8;
 
 /// Vectors of queries in a block.
 const NV: usize = 3;
@@ -20,12 +21,17 @@ pub(super) const fn queries(lanes: usize) -> usize {
     NV * lanes
 }
 
-/// Elements of one packed head: K as panels `[keys / 8][d][8]`, then V as `[keys][d_padded]`; keys are padded to 8.
-pub(super) const fn head_elements(nk: usize, d: usize) -> usize {
-    nk.next_multiple_of(PANEL) * (d + d.next_multiple_of(PANEL))
+/// f32 numbers that pack K: panels `[keys / 8][d][8]`, keys padded to 8.
+pub(super) const fn k_elements(keys: usize, d: usize) -> usize {
+    keys.next_multiple_of(PANEL) * d
 }
 
-/// Packs keys and values `first .. first + KEYS` of a head.
+/// f32 numbers that pack V: `[keys][d padded to 8]`.
+pub(super) const fn v_elements(keys: usize, d: usize) -> usize {
+    keys * d.next_multiple_of(PANEL)
+}
+
+/// Packs keys and values from `first` on: as many as `k` and `v` have room for.
 pub(super) struct Pack<'a> {
     pub(super) head: KvHead<'a>,
     pub(super) first: usize,
@@ -132,9 +138,7 @@ impl<W: Write> SimdOp for Block<'_, W> {
         let (most, rest) = rest.split_at_mut(n);
         let sum = &mut rest[..n];
         self.head.load_transposed(s, self.first, n, q);
-        acc.fill(0.0);
-        most.fill(LEAST);
-        sum.fill(0.0);
+        let mut softmax = Softmax::new(most, sum, acc, n);
         for first in (0..self.head.keys_seen(self.first, n)).step_by(KEYS) {
             let keys = KEYS.min(nk - first);
             let padded = keys.next_multiple_of(PANEL);
@@ -142,65 +146,38 @@ impl<W: Write> SimdOp for Block<'_, W> {
             products(s, &self.k[first * d..], PANEL * d, PANEL, padded, d, q, scores, false);
             let scores = &mut scores[..keys * n];
             let factor = self.head.mask(s, scores, n, self.first, first);
-            let mut state = Softmax { most, sum, acc };
-            if self.coarse {
-                state.block::<S, true>(s, scores, factor, n);
-            } else {
-                state.block::<S, false>(s, scores, factor, n);
-            }
-            products(s, &self.v[first * dv..], PANEL, dv, dv, keys, scores, acc, true);
-        }
-        self.head.finish(s, self.first, n, acc, sum, &mut self.out);
-    }
-}
-
-/// How far (in powers of two) a score may lie above the running maximum before the maximum moves. Exponentials stay far
-/// from overflow, and the sums so far are rescaled rarely.
-const HEADROOM: f32 = 8.0;
-
-/// The running maximum, sum and output of a block of `n` queries.
-struct Softmax<'a> {
-    /// `[n]`
-    most: &'a mut [f32],
-    /// `[n]`
-    sum: &'a mut [f32],
-    /// `[d_padded, n]`
-    acc: &'a mut [f32],
-}
-
-impl Softmax<'_> {
-    /// Turns scores `[keys, n]` into `2^(score * factor - most)`.
-    #[inline(always)]
-    fn block<S: Simd, const COARSE: bool>(&mut self, s: S, scores: &mut [f32], factor: f32, n: usize) {
-        let factor = s.splat(factor);
-        for at in (0..n).step_by(S::LANES) {
-            let mut block_most = s.splat(LEAST);
-            for row in scores.chunks_exact(n) {
-                block_most = s.max(s.load(&row[at..]), block_most);
-            }
-            let mut most = s.load(&self.most[at..]);
-            let mut sum = s.load(&self.sum[at..]);
-            let block_most = s.mul(block_most, factor);
-            if s.any_lt(s.add(most, s.splat(HEADROOM)), block_most) {
-                let higher = s.max(block_most, most);
-                let shrink = math::exp2(s, s.sub(most, higher));
-                most = higher;
-                sum = s.mul(sum, shrink);
-                for row in self.acc.chunks_exact_mut(n) {
-                    s.store(s.mul(s.load(&row[at..]), shrink), &mut row[at..]);
+            for at in (0..n).step_by(S::LANES) {
+                softmax.raise(s, scores, factor, at);
+                if self.coarse {
+                    exponentials::<S, true>(s, &mut softmax, scores, factor, at);
+                } else {
+                    exponentials::<S, false>(s, &mut softmax, scores, factor, at);
                 }
-                s.store(most, &mut self.most[at..]);
             }
-            let minus = s.sub(s.splat(0.0), most);
-            for row in scores.chunks_exact_mut(n) {
-                let x = s.fma(s.load(&row[at..]), factor, minus);
-                let p = if COARSE { math::exp2_coarse(s, x) } else { math::exp2(s, x) };
-                sum = s.add(sum, p);
-                s.store(p, &mut row[at..]);
-            }
-            s.store(sum, &mut self.sum[at..]);
+            products(s, &self.v[first * dv..], PANEL, dv, dv, keys, scores, softmax.acc, true);
         }
+        self.head.finish(s, self.first, n, softmax.acc, softmax.sum, &mut self.out);
     }
+}
+
+/// Turns column `at` of the scores, `[keys, n]`, into exponentials and adds them up.
+#[inline(always)]
+fn exponentials<S: Simd, const COARSE: bool>(
+    s: S,
+    softmax: &mut Softmax<'_>,
+    scores: &mut [f32],
+    factor: f32,
+    at: usize,
+) {
+    let (factor, minus) = (s.splat(factor), s.sub(s.splat(0.0), s.load(&softmax.most[at..])));
+    let mut sum = s.load(&softmax.sum[at..]);
+    for row in scores.chunks_exact_mut(softmax.n) {
+        let x = s.fma(s.load(&row[at..]), factor, minus);
+        let p = if COARSE { math::exp2_coarse(s, x) } else { math::exp2(s, x) };
+        sum = s.add(sum, p);
+        s.store(p, &mut row[at..]);
+    }
+    s.store(sum, &mut softmax.sum[at..]);
 }
 
 /// `c[i, :] (+)= sum over j < k of a[i / 8 * panel + j * step + i % 8] * b[j, :]` for `m` rows, a multiple of 8; rows of `b`

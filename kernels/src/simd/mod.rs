@@ -49,6 +49,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn store_bf16(self, v: Self::F, dst: &mut [bf16]);
     /// Rounds to nearest even and stores the first `dst.len() < LANES` lanes.
     fn store_bf16_partial(self, v: Self::F, dst: &mut [bf16]);
+    /// Rounds to nearest (ties away from zero) and stores `a[0], b[0], a[1], b[1], ...`, `2 * LANES` elements, none NaN.
+    fn store_bf16_pairs(self, a: Self::F, b: Self::F, dst: &mut [bf16]);
     /// Stores `LANES` codes of an operand: `round(v) + 128`, saturated to 1 ..= 255.
     fn store_codes(self, v: Self::F, dst: &mut [u8]);
     /// Stores the first `dst.len() < LANES` codes of an operand.
@@ -251,6 +253,10 @@ pub(crate) mod tests {
             assert!((s.sum(v) - src.iter().sum::<f32>()).abs() < 1e-4);
             assert_eq!(s.max_lane(v), src[n - 1]);
             assert_eq!(s.max_lane(s.sub(s.splat(0.0), v)), -src[0]);
+            let mut pairs = vec![bf16::ZERO; 2 * n];
+            s.store_bf16_pairs(v, s.mul(v, v), &mut pairs);
+            let each_pair = src.iter().flat_map(|&x| [bf16::from_f32(x), bf16::from_f32(x * x)]);
+            assert_eq!(pairs, each_pair.collect::<Vec<_>>());
             for len in 0..n {
                 let mut want = src[..len].to_vec();
                 want.resize(n, 0.0);

@@ -126,6 +126,16 @@ impl Simd for Neon {
         dst.copy_from_slice(&all[..len]);
     }
     #[inline(always)]
+    fn store_bf16_pairs(self, a: float32x4_t, b: float32x4_t, dst: &mut [bf16]) {
+        let dst = &mut dst[..8];
+        tier!({
+            let half = vdupq_n_u32(0x8000);
+            let low = vshrq_n_u32::<16>(vaddq_u32(vreinterpretq_u32_f32(a), half));
+            let pairs = vsriq_n_u32::<16>(vaddq_u32(vreinterpretq_u32_f32(b), half), vshlq_n_u32::<16>(low));
+            vst1q_u32(dst.as_mut_ptr().cast(), pairs)
+        })
+    }
+    #[inline(always)]
     fn store_codes(self, v: float32x4_t, dst: &mut [u8]) {
         dst[..4].copy_from_slice(&self.codes(v).to_le_bytes());
     }

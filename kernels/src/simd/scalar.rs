@@ -89,6 +89,14 @@ impl Simd for Scalar {
         dst.copy_from_slice(&v.map(bf16::from_f32)[..len]);
     }
     #[inline(always)]
+    fn store_bf16_pairs(self, a: [f32; N], b: [f32; N], dst: &mut [bf16]) {
+        for (i, pair) in dst[..2 * N].chunks_exact_mut(2).enumerate() {
+            pair.copy_from_slice(
+                &[a[i], b[i]].map(|x| bf16::from_bits(((x.to_bits() + 0x8000) >> 16) as u16)),
+            );
+        }
+    }
+    #[inline(always)]
     fn store_codes(self, v: [f32; N], dst: &mut [u8]) {
         dst[..N].copy_from_slice(&v.map(code));
     }

@@ -162,6 +162,16 @@ impl Simd for Avx2 {
         dst.copy_from_slice(&all[..len]);
     }
     #[inline(always)]
+    fn store_bf16_pairs(self, a: __m256, b: __m256, dst: &mut [bf16]) {
+        let dst = &mut dst[..16];
+        tier!({
+            let half = _mm256_set1_epi32(0x8000);
+            let low = _mm256_srli_epi32::<16>(_mm256_add_epi32(_mm256_castps_si256(a), half));
+            let high = _mm256_add_epi32(_mm256_castps_si256(b), half);
+            _mm256_storeu_si256(dst.as_mut_ptr().cast(), _mm256_blend_epi16::<0xaa>(low, high))
+        })
+    }
+    #[inline(always)]
     fn store_codes(self, v: __m256, dst: &mut [u8]) {
         let dst = &mut dst[..8];
         let codes = self.codes(v);
@@ -373,6 +383,16 @@ impl Simd for Avx512 {
     fn store_bf16_partial(self, v: __m512, dst: &mut [bf16]) {
         let (mask, half) = (self.mask(dst.len()), self.narrow_bf16(v));
         tier!(_mm256_mask_storeu_epi16(dst.as_mut_ptr().cast(), mask, half))
+    }
+    #[inline(always)]
+    fn store_bf16_pairs(self, a: __m512, b: __m512, dst: &mut [bf16]) {
+        let dst = &mut dst[..32];
+        tier!({
+            let half = _mm512_set1_epi32(0x8000);
+            let low = _mm512_srli_epi32::<16>(_mm512_add_epi32(_mm512_castps_si512(a), half));
+            let high = _mm512_add_epi32(_mm512_castps_si512(b), half);
+            _mm512_storeu_si512(dst.as_mut_ptr().cast(), _mm512_mask_blend_epi16(0xaaaa_aaaa, low, high))
+        })
     }
     #[inline(always)]
     fn store_codes(self, v: __m512, dst: &mut [u8]) {
