@@ -2,12 +2,8 @@
 #![forbid(unsafe_code)]
 
 use convert::Quant;
-use engine::graph::{self, Arena, Plan, Session};
-use engine::models::vae_encoder;
-use engine::pipeline::{Conditioning, Control, Denoiser, Latents, Memory, Pipeline, Request, Settings};
+use engine::pipeline::{Conditioning, Control, Denoiser, Image, Latents, Pipeline, Request};
 use engine::precision::Precision;
-use engine::weights;
-use kernels::Workers;
 use sdfast_tests::{Golden, cosine, data, relative_error, report};
 
 /// Relative error with f16 weights in f32 arithmetic.
@@ -34,7 +30,8 @@ fn encode(golden: &Golden, pipeline: &Pipeline) -> Vec<Conditioning> {
             assert_eq!(window.ids, golden.ids(name, i), "{name}");
         }
     }
-    pipeline.encode(&prompts, &mut Memory::default(), &mut |_| Control::Continue).unwrap()
+    let plan = pipeline.plan(H, W, prompts.len(), false).unwrap();
+    pipeline.encode(&plan, &prompts, &mut |_| Control::Continue).unwrap()
 }
 
 /// The network's prediction for each row of the golden embeddings at that row's timestep.
@@ -46,8 +43,8 @@ fn predict(golden: &Golden, pipeline: &Pipeline) -> Vec<Vec<f32>> {
     });
     let request =
         Request { width: 8 * W, height: 8 * H, guidance_scale: 8., ..Request::new("", pipeline.card()) };
-    let mut denoiser =
-        Denoiser::new(pipeline, H, W, rows.to_vec(), &request, &mut Memory::default()).unwrap();
+    let plan = pipeline.plan(H, W, 2, false).unwrap();
+    let mut denoiser = Denoiser::new(pipeline, &plan, rows.to_vec(), &request).unwrap();
     let mut guided = vec![0.; 4 * H * W];
     denoiser
         .run(&mut |_| Control::Continue, |predictor, event| {
@@ -69,18 +66,8 @@ fn decode(golden: &Golden, pipeline: &Pipeline) -> Vec<f32> {
 
 /// Mean and log variance of the golden picture, `[h * w, 2 * 4]`.
 fn encode_picture(golden: &Golden, pipeline: &Pipeline) -> Vec<f32> {
-    let file = pipeline.file();
-    let Settings { threads, isa, precision, .. } = *pipeline.settings();
-    let network = vae_encoder(&pipeline.card().vae, 1, 8 * H, 8 * W);
-    let encodings = weights::encodings(file, network.weights()).unwrap();
-    let plan = Plan::new(&network, &encodings, graph::Options::new(precision, isa, threads));
-    let mut arena = Arena::new(plan.arena_bytes(1)).unwrap();
-    let workers = Workers::new(threads);
-    let bytes = weights::bytes(file, plan.weights());
-    let mut session = Session::new(&plan, bytes, &mut arena, 1, &workers, isa);
-    session.input("image", 0).copy_from_slice(&pixels(golden.values("vae_picture"), 3));
-    session.prologue(0, |_| true).unwrap();
-    session.output("moments").to_vec()
+    let data = pixels(golden.values("vae_picture"), 3);
+    pipeline.encode_image(&Image { width: 8 * W, height: 8 * H, data }).unwrap()
 }
 
 fn equals_diffusers(name: &str) {
