@@ -129,7 +129,12 @@ pub fn gemm(workers: &Workers, isa: Isa, call: Gemm<'_>) {
 /// Where shapes don't agree, the kernel doesn't suit, or the machine lacks its tier.
 pub fn gemm_with(workers: &Workers, kernel: &'static GemmKernel, call: Gemm<'_>) {
     assert!(kernel.isa.is_available(), "{} on a machine without {}", kernel.name, kernel.isa.name());
-    assert!(kernel.suits(&call.operand), "{} for {:?}", kernel.name, call.weight.encoding);
+    assert!(
+        kernel.suits(&call.operand, call.weight.encoding),
+        "{} for {:?}",
+        kernel.name,
+        call.weight.encoding
+    );
     driver::check(&call);
     driver::run(workers, kernel, call);
 }
