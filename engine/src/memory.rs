@@ -1,26 +1,23 @@
 //! What the process holds, and what the machine has.
 
-/// A number of kibibytes in `/proc/self/status`, in bytes.
-fn status(key: &str) -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    kibibytes(&status, key)
-}
-
-/// The number behind `key` in text of lines `key: 123 kB`, in bytes.
-fn kibibytes(text: &str, key: &str) -> Option<u64> {
-    let line = text.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':'))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
-}
+use std::fs;
+use std::path::Path;
 
 /// The most memory the process ever held, in bytes (`VmHWM`), where the system tells.
 pub fn peak() -> Option<u64> {
-    status("VmHWM")
+    status("VmHWM:")
 }
 
 /// The memory the process holds, in bytes (`VmRSS`), where the system tells.
 pub fn resident() -> Option<u64> {
-    status("VmRSS")
+    status("VmRSS:")
+}
+
+fn status(key: &str) -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix(key))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
 }
 
 /// Gives memory that the allocator keeps for later back to the system, where that can be asked for.
@@ -32,87 +29,82 @@ pub fn trim() {
     }
 }
 
-/// Bytes that are free for the process, on the machine and in its container (cgroup v1 and v2), where the system tells.
-pub fn available() -> Option<u64> {
-    let machine = kibibytes(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable")?;
-    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    Some(
-        container(&groups, |path| std::fs::read_to_string(path).ok())
-            .map_or(machine, |free| free.min(machine)),
-    )
+/// Bytes that programs here may hold altogether, where the system tells.
+pub fn total() -> Option<u64> {
+    let machine = meminfo("MemTotal");
+    let container = Container::find().map(|c| c.limit);
+    [machine, container].into_iter().flatten().min()
 }
 
-/// What the limits of the process's control groups leave, from the lines of `/proc/self/cgroup`; `read` reads a file.
-fn container(groups: &str, read: impl Fn(&str) -> Option<String>) -> Option<u64> {
-    let number = |path: String| read(&path)?.trim().parse::<u64>().ok(); // "max" is no number
-    let mut least: Option<u64> = None;
-    for line in groups.lines() {
-        let mut fields = line.splitn(3, ':');
-        let (Some(_), Some(controllers), Some(group)) = (fields.next(), fields.next(), fields.next()) else {
-            continue;
-        };
-        let (root, limit, usage) = match controllers {
-            "" => ("/sys/fs/cgroup", "memory.max", "memory.current"),
-            c if c.split(',').any(|c| c == "memory") => {
-                ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
+/// Bytes that are free for this program, where the system tells: memory that holds nothing but cached files counts.
+pub fn available() -> Option<u64> {
+    let machine = meminfo("MemAvailable");
+    let container = Container::find().map(|c| c.limit.saturating_sub(c.used));
+    [machine, container].into_iter().flatten().min()
+}
+
+/// The tightest memory limit of the control groups that this process is in.
+struct Container {
+    limit: u64,
+    /// Without files that could be dropped.
+    used: u64,
+}
+
+impl Container {
+    fn find() -> Option<Container> {
+        let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
+        let found = groups.lines().filter_map(|line| {
+            let mut fields = line.splitn(3, ':').skip(1);
+            let (controllers, path) = (fields.next()?, fields.next()?);
+            match controllers {
+                "" => Container::tightest("/sys/fs/cgroup", path, "memory.max", "memory.current"),
+                "memory" => Container::tightest(
+                    "/sys/fs/cgroup/memory",
+                    path,
+                    "memory.limit_in_bytes",
+                    "memory.usage_in_bytes",
+                ),
+                _ => None,
             }
-            _ => continue,
-        };
-        // A limit of any group above counts too. In a container the group's own path may be missing.
-        let mut group = group.trim_end_matches('/');
-        loop {
-            let at = |file: &str| format!("{root}{group}/{file}");
-            if let Some(limit) = number(at(limit)) {
-                // Cached file pages are given back when memory is short.
-                let stat = read(&at("memory.stat")).unwrap_or_default();
-                let cached = |key| {
-                    let value = stat.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(' '));
-                    value.and_then(|v| v.trim().parse::<u64>().ok())
-                };
-                let cached = cached("total_inactive_file").or(cached("inactive_file")).unwrap_or(0)
-                    + cached("total_active_file").or(cached("active_file")).unwrap_or(0);
-                let used = number(at(usage)).unwrap_or(0).saturating_sub(cached);
-                let free = limit.saturating_sub(used);
-                least = Some(least.map_or(free, |l| l.min(free)));
-            }
-            match group.rfind('/') {
-                Some(slash) => group = &group[..slash],
-                None => break,
-            }
-        }
+        });
+        found.min_by_key(|c| c.limit)
     }
-    least
+
+    /// From the group up to the root; inside a container the root is the group itself.
+    fn tightest(root: &str, group: &str, limit: &str, used: &str) -> Option<Container> {
+        let root = Path::new(root);
+        let folders = Path::new(group.trim_start_matches('/')).ancestors().map(|group| root.join(group));
+        let read = |path: &Path| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+        let containers = folders.filter_map(|folder| {
+            let limit = read(&folder.join(limit))?;
+            let stat = fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
+            let field = |name: &str| {
+                let line = stat.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
+                line.trim().parse::<u64>().ok()
+            };
+            let cached = field("inactive_file").or_else(|| field("total_inactive_file")).unwrap_or(0);
+            let used = read(&folder.join(used)).unwrap_or(0).saturating_sub(cached);
+            Some(Container { limit, used })
+        });
+        containers.min_by_key(|c| c.limit)
+    }
+}
+
+/// A line of `/proc/meminfo`, in bytes.
+fn meminfo(name: &str) -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-
-    #[test]
-    fn limits_of_both_versions_and_of_groups_above() {
-        let v2 = |path: &str| match path {
-            "/sys/fs/cgroup/a/b/memory.max" => Some("max\n".into()),
-            "/sys/fs/cgroup/a/memory.max" => Some("1000\n".into()),
-            "/sys/fs/cgroup/a/memory.current" => Some("700\n".into()),
-            "/sys/fs/cgroup/a/memory.stat" => Some("anon 3\nactive_file 100\ninactive_file 200\n".into()),
-            _ => None,
-        };
-        assert_eq!(container("0::/a/b\n", v2), Some(600));
-        let v1 = |path: &str| match path {
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes" => Some("5000\n".into()),
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes" => Some("1000\n".into()),
-            _ => None,
-        };
-        assert_eq!(container("3:cpu:/x\n4:memory,hugetlb:/docker/x\n", v1), Some(4000));
-        assert_eq!(container("0::/\n", |_| None), None);
-        assert_eq!(container("nonsense", |_| None), None);
-    }
-
     #[cfg(target_os = "linux")]
     #[test]
-    fn this_process_holds_something_and_the_machine_has_more() {
-        let (now, most) = (resident().expect("Linux tells"), peak().expect("Linux tells"));
-        assert!(now > 0 && now <= most + (1 << 20) && available().expect("Linux tells") > 0);
-        trim();
+    fn what_is_free_is_part_of_the_whole() {
+        let (total, available) = (super::total().expect("known"), super::available().expect("known"));
+        assert!(available <= total, "{available} of {total}");
+        assert!(total > 64 << 20, "{total}");
     }
 }

@@ -45,6 +45,7 @@ impl Options {
             threads,
             band_bytes: 1 << 20,
             step_weight_bytes: 32 << 20,
+            narrow_stream: false,
             chain_bytes: 8 << 20,
         }
     }
