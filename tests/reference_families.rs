@@ -51,7 +51,7 @@ fn predict(golden: &Golden, pipeline: &Pipeline) -> Vec<Vec<f32>> {
             let mut each = |i: usize| {
                 let timestep = golden.values("timestep")[i];
                 predictor.predict(golden.values("latents"), timestep, &mut guided, event)?;
-                Ok(predictor.noises().swap_remove(i))
+                Ok::<_, engine::Error>(predictor.noises().swap_remove(i))
             };
             Ok(vec![each(0)?, each(1)?])
         })
