@@ -160,16 +160,20 @@ fn last_uses(network: &Network) -> Vec<(usize, usize)> {
     uses
 }
 
-/// Whether `t` may be made again by each of its readers: a GEMM whose readers are passes, GEMMs and norms.
+/// Whether `t` may be made again by each of its readers: a GEMM that only GEMMs read, past norms and concatenations.
 pub(super) fn can_be_remade(network: &Network, t: Tensor) -> bool {
-    let reads = |n: &Node| n.inputs().contains(&t);
-    matches!(network.nodes[t.0], Node::Gemm { .. })
-        && !network.outputs.iter().any(|(_, o)| *o == t)
-        && network.nodes.iter().filter(|n| reads(n)).all(|n| match n {
-            Node::Gemm { image_bias, .. } => *image_bias != Some(t),
-            Node::GroupNorm { .. } | Node::LayerNorm { .. } | Node::Concat { .. } => true,
-            _ => false,
-        })
+    fn read_by_gemms(network: &Network, t: Tensor) -> bool {
+        let readers = (0..network.nodes.len()).filter(|&i| network.nodes[i].inputs().contains(&t));
+        !network.outputs.iter().any(|(_, o)| *o == t)
+            && readers.into_iter().all(|i| match &network.nodes[i] {
+                Node::Gemm { image_bias, .. } => *image_bias != Some(t),
+                Node::GroupNorm { .. } | Node::LayerNorm { .. } | Node::Concat { .. } => {
+                    read_by_gemms(network, Tensor(i))
+                }
+                _ => false,
+            })
+    }
+    matches!(network.nodes[t.0], Node::Gemm { .. }) && read_by_gemms(network, t)
 }
 
 struct Lowering<'a> {
