@@ -1,10 +1,7 @@
-//! A random model against diffusers: every network of it on the inputs of a golden file that `tests/data/make_models.py` wrote.
+//! A random model against diffusers: every network of it on the inputs of a golden file that
+//! `tests/data/make_models.py` wrote.
 
-use engine::graph::{self, Arena, Plan, Session};
-use engine::models::vae_encoder;
-use engine::pipeline::{Conditioning, Control, Denoiser, Latents, Memory, Pipeline, Request, Settings};
-use engine::weights;
-use kernels::Workers;
+use engine::pipeline::{Conditioning, Control, Denoiser, Image, Latents, Pipeline, Request};
 
 use crate::Golden;
 
@@ -62,7 +59,9 @@ fn encode(golden: &Golden, pipeline: &Pipeline) -> Vec<Conditioning> {
             assert_eq!(window.ids, golden.ids(name, i), "{name}");
         }
     }
-    pipeline.encode(&prompts, &mut Memory::default(), &mut |_| Control::Continue).unwrap()
+    let (h, w) = size(golden);
+    let plan = pipeline.plan(h, w, prompts.len(), false).unwrap();
+    pipeline.encode(&plan, &prompts, &mut |_| Control::Continue).unwrap()
 }
 
 /// The network's prediction for each row of the golden embeddings at that row's timestep.
@@ -75,15 +74,15 @@ fn predict(golden: &Golden, pipeline: &Pipeline) -> Vec<Vec<f32>> {
     let (h, w) = size(golden);
     let request =
         Request { width: 8 * w, height: 8 * h, guidance_scale: 8., ..Request::new("", pipeline.card()) };
-    let mut denoiser =
-        Denoiser::new(pipeline, h, w, rows.to_vec(), &request, &mut Memory::default()).unwrap();
+    let plan = pipeline.plan(h, w, rows.len(), false).unwrap();
+    let mut denoiser = Denoiser::new(pipeline, &plan, rows.to_vec(), &request).unwrap();
     let mut guided = vec![0.; 4 * h * w];
     denoiser
         .run(&mut |_| Control::Continue, |predictor, event| {
             let mut each = |i: usize| {
                 let timestep = golden.values("timestep")[i];
                 predictor.predict(golden.values("latents"), timestep, &mut guided, event)?;
-                Ok(predictor.noises().swap_remove(i))
+                Ok::<_, engine::Error>(predictor.noises().swap_remove(i))
             };
             Ok(vec![each(0)?, each(1)?])
         })
@@ -100,16 +99,6 @@ fn decode(golden: &Golden, pipeline: &Pipeline) -> Vec<f32> {
 /// Mean and log variance of the golden picture, `[h * w, 2 * 4]`.
 fn encode_picture(golden: &Golden, pipeline: &Pipeline) -> Vec<f32> {
     let (h, w) = size(golden);
-    let file = pipeline.file();
-    let Settings { threads, isa, precision, .. } = *pipeline.settings();
-    let network = vae_encoder(&pipeline.card().vae, 1, 8 * h, 8 * w);
-    let encodings = weights::encodings(file, network.weights()).unwrap();
-    let plan = Plan::new(&network, &encodings, graph::Options::new(precision, isa, threads));
-    let mut arena = Arena::new(plan.arena_bytes(1)).unwrap();
-    let workers = Workers::new(threads);
-    let bytes = weights::bytes(file, plan.weights());
-    let mut session = Session::new(&plan, bytes, &mut arena, 1, &workers, isa);
-    session.input("image", 0).copy_from_slice(&pixels(golden.values("vae_picture"), 3));
-    session.prologue(0, |_| true).unwrap();
-    session.output("moments").to_vec()
+    let data = pixels(golden.values("vae_picture"), 3);
+    pipeline.encode_image(&Image { width: 8 * w, height: 8 * h, data }).unwrap()
 }

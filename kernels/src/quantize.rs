@@ -33,9 +33,9 @@ pub fn encode(encoding: Encoding, shape: WeightShape, src: &[f32], out: &mut [u8
         match encoding {
             Encoding::Q8 => encode_q8(shape, &padded, n, header, tiles),
             Encoding::Q4 => encode_q4(shape, &padded, n, header, tiles),
-            Encoding::F16 => scatter(&padded, n, tiles, |x| f16::from_f32(x).to_le_bytes()),
-            Encoding::Bf16 => scatter(&padded, n, tiles, |x| bf16::from_f32(x).to_le_bytes()),
-            Encoding::F32 => scatter(&padded, n, tiles, f32::to_le_bytes),
+            Encoding::F16 => encode_half(&padded, n, tiles, |x| f16::from_f32(x).to_bits()),
+            Encoding::Bf16 => encode_half(&padded, n, tiles, |x| bf16::from_f32(x).to_bits()),
+            Encoding::F32 => encode_f32(&padded, n, tiles),
         }
     }
 }
@@ -45,9 +45,14 @@ pub(crate) const fn q8_at(k: usize, n: usize) -> usize {
     (k / 4 * TILE_N + n) * 4 + k % 4
 }
 
-/// Element of weight `k` (padded, over all taps) of output `n` among the elements of a float panel.
-pub(crate) const fn float_at(k: usize, n: usize) -> usize {
+/// Element of weight `k` (padded, over all taps) of output `n` among the elements of a 16-bit float panel.
+pub(crate) const fn half_at(k: usize, n: usize) -> usize {
     (k / 2 * TILE_N + n) * 2 + k % 2
+}
+
+/// Element of weight `k` (padded, over all taps) of output `n` among the elements of an f32 panel.
+pub(crate) const fn f32_at(k: usize, n: usize) -> usize {
+    k * TILE_N + n
 }
 
 /// Byte of weight `k` of output `n` among the codes of a [`Encoding::Q4`] panel, and how far its code is shifted.
@@ -55,9 +60,15 @@ pub(crate) const fn q4_at(k: usize, n: usize) -> (usize, u32) {
     ((k / 8 * TILE_N + n) * 4 + k % 4, (k as u32 / 4 % 2) * 4)
 }
 
-fn scatter<const B: usize>(padded: &[f32], n: usize, tiles: &mut [u8], code: impl Fn(f32) -> [u8; B]) {
+fn encode_half(padded: &[f32], n: usize, tiles: &mut [u8], code: impl Fn(f32) -> u16) {
     for (k, &x) in padded.iter().enumerate() {
-        tiles[float_at(k, n) * B..][..B].copy_from_slice(&code(x));
+        tiles[2 * half_at(k, n)..][..2].copy_from_slice(&code(x).to_le_bytes());
+    }
+}
+
+fn encode_f32(padded: &[f32], n: usize, tiles: &mut [u8]) {
+    for (k, &x) in padded.iter().enumerate() {
+        tiles[4 * f32_at(k, n)..][..4].copy_from_slice(&x.to_le_bytes());
     }
 }
 
@@ -142,7 +153,7 @@ pub fn decode_codes(weight: Weight<'_>) -> Vec<i8> {
 pub fn decode(encoding: Encoding, shape: WeightShape, bytes: &[u8]) -> Vec<f32> {
     let weight = Weight::new(encoding, shape, bytes);
     let half = |n: usize, k: usize| {
-        let at = 2 * float_at(k, n % TILE_N);
+        let at = 2 * half_at(k, n % TILE_N);
         let tiles = weight.panel(n / TILE_N).tiles;
         u16::from_le_bytes([tiles[at], tiles[at + 1]])
     };
@@ -156,7 +167,7 @@ pub fn decode(encoding: Encoding, shape: WeightShape, bytes: &[u8]) -> Vec<f32> 
         Encoding::F16 => gather(shape, |n, k| f16::from_bits(half(n, k)).to_f32()),
         Encoding::Bf16 => gather(shape, |n, k| bf16::from_bits(half(n, k)).to_f32()),
         Encoding::F32 => gather(shape, |n, k| {
-            let at = 4 * float_at(k, n % TILE_N);
+            let at = 4 * f32_at(k, n % TILE_N);
             let bytes = &weight.panel(n / TILE_N).tiles[at..at + 4];
             f32::from_le_bytes(bytes.try_into().expect("four bytes"))
         }),
