@@ -147,6 +147,21 @@ impl Plan {
         banks * self.persistent_bytes + self.transient_bytes
     }
 
+    /// Every buffer of the arena (of one bank), for a drawing: its place, and the first and the last step at which it holds
+    /// something.
+    pub fn buffers(&self) -> impl Iterator<Item = (Region, usize, usize)> + '_ {
+        let used = (0..self.lives.len())
+            .filter(|&i| self.lives[i].bytes > 0 && self.lives[i].first <= self.lives[i].last);
+        used.map(|i| {
+            let (first, last) = (self.lives[i].first, self.lives[i].last);
+            if self.persistent[i] {
+                (self.region(i, 0, 1), 0, self.steps.len())
+            } else {
+                (self.region(i, 0, 1), first, last)
+            }
+        })
+    }
+
     /// Where `buf` lies for `bank` of `banks`.
     pub(super) fn region(&self, buf: Buf, bank: usize, banks: usize) -> Region {
         let r = self.regions[buf];
