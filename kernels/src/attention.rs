@@ -1,7 +1,19 @@
 //! softmax(scale * q k^T + mask) v in blocks, with a running maximum and sum: the n x n matrix never exists.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
+mod head;
+mod softmax;
+mod vector;
+
+use bytemuck::{cast_slice, cast_slice_mut};
+
+use crate::layout::ALIGN;
+use crate::par::{SCRATCH_BYTES, Shared};
+use crate::simd::{self, Element, Simd, dispatch};
 use crate::view::{Rows, RowsMut};
-use crate::{Isa, Workers};
+use crate::{Isa, Workers, bf16};
+use head::{KvHead, QueryHead, Write};
 
 /// How exactly attention is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -19,7 +31,7 @@ pub enum Products {
 pub enum Mask<'a> {
     /// Nothing.
     None,
-    /// A query sees keys up to its own position.
+    /// A query sees keys up to its own position: `nq` is `nk`.
     Causal,
     /// `[heads, nq, nk]`, added to the scaled scores.
     Bias(&'a [f32]),
@@ -66,14 +78,192 @@ pub struct Attention<'a> {
     pub out: RowsMut<'a>,
 }
 
+/// Keys that go through the running softmax at once.
+const KEYS: usize = 128;
+
+/// Bytes of packed keys and values to work on at a time, about: a head at least, and few enough to stay in cache.
+const PACKED_BYTES: usize = 4 << 20;
+
+/// Which code runs a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// f32 on vectors.
+    Vector,
+    /// bf16 products on AMX tiles.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
+}
+
+/// How a call is cut up.
+#[derive(Clone, Copy, Debug)]
+struct Plan {
+    kind: Kind,
+    d: usize,
+    /// Bytes of one packed head's K, and of its K and V.
+    k_bytes: usize,
+    head_bytes: usize,
+    /// Heads (of all sequences) packed at a time.
+    heads: usize,
+    /// Queries in a block.
+    queries: usize,
+}
+
+impl Plan {
+    fn new(shape: &AttentionShape, isa: Isa, products: Products) -> Plan {
+        let (kind, queries) = match (isa, products) {
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Amx, Products::Bf16 | Products::Int8) => (Kind::Amx, amx::QUERIES),
+            _ => (Kind::Vector, vector::queries(simd::lanes(isa))),
+        };
+        let mut plan = Plan { kind, d: shape.d, k_bytes: 0, head_bytes: 0, heads: 1, queries };
+        let (k, v) = plan.bytes(shape.nk);
+        plan.k_bytes = k.next_multiple_of(ALIGN);
+        plan.head_bytes = plan.k_bytes + v.next_multiple_of(ALIGN);
+        plan.heads = (PACKED_BYTES / plan.head_bytes.max(1)).clamp(1, (shape.batch * shape.heads).max(1));
+        plan
+    }
+
+    /// Bytes of packed K and V of so many keys.
+    fn bytes(&self, keys: usize) -> (usize, usize) {
+        match self.kind {
+            Kind::Vector => (4 * vector::k_elements(keys, self.d), 4 * vector::v_elements(keys, self.d)),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Amx => (2 * amx::k_elements(keys, self.d), 2 * amx::v_elements(keys, self.d)),
+        }
+    }
+
+    /// Scratch memory of a task.
+    fn scratch_bytes(&self) -> usize {
+        match self.kind {
+            Kind::Vector => 4 * vector::scratch_elements(self.queries, self.d),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Amx => amx::scratch_bytes(self.d),
+        }
+    }
+}
+
 /// Bytes of working memory that [`attention`] wants for packed keys and values, for this shape and team.
 pub fn workspace_bytes(shape: &AttentionShape, isa: Isa, products: Products, threads: usize) -> usize {
-    let _ = (shape, isa, products, threads);
-    unimplemented!()
+    let _ = threads;
+    let plan = Plan::new(shape, isa, products);
+    plan.heads * plan.head_bytes
 }
 
 /// Runs `call`. `workspace` has at least [`workspace_bytes`] bytes, 64-byte aligned.
+///
+/// # Panics
+/// Where shapes don't agree, for a causal mask where `nq` isn't `nk`, and where the machine doesn't have `isa`.
 pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &mut [u8]) {
-    let _ = (workers, isa, call, workspace);
-    unimplemented!()
+    let Attention { shape, q, q_stride, k, v, kv_stride, scale, mask, products, out } = call;
+    let AttentionShape { batch, nq, nk, heads, d } = shape;
+    let columns = heads * d;
+    let fits = |len: usize, rows: usize, stride: usize| rows == 0 || len >= (rows - 1) * stride + columns;
+    assert!(isa.is_available(), "no {isa:?} here");
+    assert!(
+        fits(q.len(), batch * nq, q_stride) && q_stride >= columns,
+        "q of {} for {shape:?} by {q_stride}",
+        q.len()
+    );
+    assert!(
+        fits(k.len(), batch * nk, kv_stride) && kv_stride >= columns,
+        "k of {} for {shape:?} by {kv_stride}",
+        k.len()
+    );
+    assert!(fits(v.len(), batch * nk, kv_stride), "v of {} for {shape:?} by {kv_stride}", v.len());
+    assert_eq!(out.len(), batch * nq * columns, "output of {shape:?}");
+    assert!(nk > 0 && d > 0, "no keys: {shape:?}");
+    assert!(scale > 0.0 && scale.is_finite(), "a scale of {scale}");
+    match mask {
+        Mask::None => {}
+        Mask::Causal => assert_eq!(nq, nk, "a causal mask"),
+        Mask::Bias(bias) => assert_eq!(bias.len(), heads * nq * nk, "bias of {shape:?}"),
+    }
+    let plan = Plan::new(&shape, isa, products);
+    assert!(plan.scratch_bytes() <= SCRATCH_BYTES, "heads of {d}");
+    let bytes = plan.heads * plan.head_bytes;
+    assert!(workspace.len() >= bytes, "workspace of {} bytes for {bytes}", workspace.len());
+    assert_eq!(workspace.as_ptr().align_offset(ALIGN), 0, "workspace is aligned");
+    let out = match out {
+        RowsMut::F32(out) => Out::F32(Shared::new(out)),
+        RowsMut::Bf16(out) => Out::Bf16(Shared::new(out)),
+    };
+
+    let blocks = nq.div_ceil(plan.queries);
+    let packs = nk.div_ceil(KEYS);
+    for first in (0..batch * heads).step_by(plan.heads) {
+        let count = plan.heads.min(batch * heads - first);
+        let place = |i: usize| ((first + i) / heads, (first + i) % heads);
+        let packed = &mut workspace[..bytes];
+        let parts = Shared::new(packed);
+        workers.for_each(count * packs, |task, _| {
+            let (i, key) = (task / packs, task % packs * KEYS);
+            let (sequence, head) = place(i);
+            let start = sequence * nk * kv_stride + head * d;
+            let head = KvHead { k, v, start, stride: kv_stride, nk, d };
+            let (before, here) = (plan.bytes(key), plan.bytes(KEYS.min(nk - key)));
+            let at = i * plan.head_bytes;
+            // SAFETY: each task has its own keys of its own head.
+            let to_k = unsafe { parts.slice(at + before.0, here.0) };
+            // SAFETY: as above; V lies behind all of K.
+            let to_v = unsafe { parts.slice(at + plan.k_bytes + before.1, here.1) };
+            match plan.kind {
+                Kind::Vector => {
+                    let (k, v) = (cast_slice_mut(to_k), cast_slice_mut(to_v));
+                    dispatch(isa, vector::Pack { head, first: key, k, v });
+                }
+                #[cfg(target_arch = "x86_64")]
+                Kind::Amx => {
+                    let (k, v) = (cast_slice_mut(to_k), cast_slice_mut(to_v));
+                    dispatch(isa, amx::Pack { head, first: key, k, v });
+                }
+            }
+        });
+        let packed: &[u8] = packed;
+        workers.for_each(count * blocks, |task, scratch| {
+            let (i, first) = (task / blocks, task % blocks * plan.queries);
+            let (sequence, head) = place(i);
+            let head = QueryHead { shape, sequence, head, q, stride: q_stride, scale, mask };
+            let (k, v) = packed[i * plan.head_bytes..][..plan.head_bytes].split_at(plan.k_bytes);
+            let out = &out;
+            match plan.kind {
+                Kind::Vector => {
+                    let (k, v, scratch) = (cast_slice(k), cast_slice(v), cast_slice_mut(scratch));
+                    let coarse = products != Products::F32;
+                    dispatch(isa, vector::Block { head, first, k, v, coarse, scratch, out });
+                }
+                #[cfg(target_arch = "x86_64")]
+                Kind::Amx => {
+                    // SAFETY: the machine has AMX (checked above), and tasks do not nest.
+                    let tiles = &unsafe { amx::Tiles::new() };
+                    let (k, v) = (cast_slice(k), cast_slice(v));
+                    dispatch(isa, amx::Block { head, first, k, v, scratch, out, tiles });
+                }
+            }
+        });
+    }
 }
+
+/// The output, whose rows tasks write parts of.
+enum Out<'a> {
+    F32(Shared<'a, f32>),
+    Bf16(Shared<'a, bf16>),
+}
+
+impl Write for &Out<'_> {
+    #[inline(always)]
+    fn write<S: Simd>(&mut self, s: S, at: usize, v: S::F, lanes: usize) {
+        #[inline(always)]
+        fn store<S: Simd, T: Element>(s: S, v: S::F, out: &Shared<'_, T>, at: usize, lanes: usize) {
+            // SAFETY: the columns of a head in the rows of a block of queries belong to one task.
+            let out = unsafe { out.slice(at, lanes) };
+            if lanes == S::LANES { T::store(s, v, out) } else { T::store_partial(s, v, out) }
+        }
+        match self {
+            Out::F32(out) => store(s, v, out, at, lanes),
+            Out::Bf16(out) => store(s, v, out, at, lanes),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -14,10 +14,12 @@ pub mod ceilings;
 pub mod cpu;
 pub mod gemm;
 pub mod layout;
+pub mod math;
 pub mod par;
 pub mod pass;
 pub mod quantize;
 pub mod reference;
+pub mod simd;
 pub mod view;
 
 pub use cpu::Isa;

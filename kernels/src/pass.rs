@@ -1,8 +1,17 @@
 //! One walk over a tensor: read one or two sources, normalize, activate, write it as rows or as the operand of a GEMM.
 
+mod rows;
+mod stats;
+
+use bytemuck::cast_slice_mut;
+
 use crate::gemm::Activation;
+use crate::par::{SCRATCH_BYTES, Shared};
+use crate::simd::dispatch;
 use crate::view::{ImageShape, OperandMut, Rows, RowsMut};
 use crate::{Isa, Workers};
+use rows::Chunk;
+pub use stats::{group_finish, group_stats, group_sums, sums_len, sums_rows};
 
 /// What a pass reads: the columns of up to two tensors side by side (a concatenation that is never materialized).
 #[derive(Clone, Copy, Debug)]
@@ -55,23 +64,18 @@ pub enum Norm<'a> {
     },
 }
 
-/// Mean and reciprocal standard deviation of each group of channels over each image: `stats` is `[batch, groups, 2]`.
-/// The biased variance, as PyTorch's `group_norm`.
-pub fn group_stats(
-    workers: &Workers,
-    isa: Isa,
-    source: Source<'_>,
-    image: ImageShape,
-    groups: usize,
-    eps: f32,
-    stats: &mut [f32],
-) {
-    let _ = (workers, isa, source, image, groups, eps, stats);
-    unimplemented!()
-}
+/// The most columns a pass takes: it keeps a few rows of f32 in a worker's scratch memory.
+pub const MAX_COLUMNS: usize = SCRATCH_BYTES / 4 / rows::SCRATCH_ROWS;
+
+/// Elements that one task of a pass handles, about: enough to hide the cost of starting it.
+const TASK_ELEMENTS: usize = 32 * 1024;
 
 /// Writes `activation(norm(source))` as the operand rows of a GEMM, `stride` elements each, with the border of `image`
 /// and the slack of each row zero. `U8` rows get a scale each: the row's largest magnitude / 127.
+///
+/// # Panics
+/// Where shapes don't agree, or for [`Activation::Geglu`].
+#[expect(clippy::too_many_arguments)]
 pub fn operand_pass(
     workers: &Workers,
     isa: Isa,
@@ -82,11 +86,15 @@ pub fn operand_pass(
     out: OperandMut<'_>,
     stride: usize,
 ) {
-    let _ = (workers, isa, source, image, norm, activation, out, stride);
-    unimplemented!()
+    assert!(stride.is_multiple_of(64), "operand rows of {stride} elements");
+    let walk = Walk { source, image, norm, activation, stride };
+    walk.run(workers, isa, out);
 }
 
 /// Writes `activation(norm(source))` as plain rows `[pixels, columns]`.
+///
+/// # Panics
+/// Where shapes don't agree, or for [`Activation::Geglu`].
 pub fn rows_pass(
     workers: &Workers,
     isa: Isa,
@@ -96,6 +104,145 @@ pub fn rows_pass(
     activation: Activation,
     out: RowsMut<'_>,
 ) {
-    let _ = (workers, isa, source, image, norm, activation, out);
-    unimplemented!()
+    let image = ImageShape { border: Default::default(), ..image };
+    let walk = Walk { source, image, norm, activation, stride: source.columns() };
+    walk.run(
+        workers,
+        isa,
+        match out {
+            RowsMut::F32(rows) => OperandMut::F32(rows),
+            RowsMut::Bf16(rows) => OperandMut::Bf16(rows),
+        },
+    );
 }
+
+impl<'a> Source<'a> {
+    /// Asserts that each part has `rows` rows.
+    fn check(&self, rows: usize) {
+        assert!(self.columns() <= MAX_COLUMNS, "{} columns", self.columns());
+        for &(part, c) in self.parts.iter().flatten() {
+            assert_eq!(part.len(), rows * c, "source of {rows} x {c}");
+        }
+    }
+
+    /// The parts of row `r`, each with the column where it begins.
+    #[inline(always)]
+    fn row(&self, r: usize) -> impl Iterator<Item = (usize, Rows<'a>)> {
+        let mut column = 0;
+        self.parts.into_iter().flatten().map(move |(part, c)| {
+            column += c;
+            (column - c, part.slice(r * c..(r + 1) * c))
+        })
+    }
+}
+
+/// A pass, checked and cut into tasks by [`Walk::run`].
+#[derive(Clone, Copy)]
+struct Walk<'a> {
+    source: Source<'a>,
+    image: ImageShape,
+    norm: Norm<'a>,
+    activation: Activation,
+    /// Elements from one output row to the next.
+    stride: usize,
+}
+
+impl Walk<'_> {
+    fn run(self, workers: &Workers, isa: Isa, out: OperandMut<'_>) {
+        let (image, columns, rows) = (self.image, self.source.columns(), self.image.operand_rows());
+        self.source.check(image.pixels());
+        assert!(columns <= self.stride, "{columns} columns in rows of {}", self.stride);
+        assert!(self.activation != Activation::Geglu, "GEGLU joins columns: only in an epilogue");
+        match self.norm {
+            Norm::None => {}
+            Norm::Group { stats, groups, gamma, beta } => {
+                assert!(
+                    groups > 0 && columns.is_multiple_of(groups),
+                    "{columns} channels in {groups} groups"
+                );
+                assert_eq!(stats.len(), image.batch * groups * 2, "statistics of {} x {groups}", image.batch);
+                assert_eq!(
+                    (gamma.len(), beta.len()),
+                    (columns, columns),
+                    "gamma and beta of {columns} channels"
+                );
+            }
+            Norm::Layer { gamma, beta, .. } => {
+                assert_eq!(
+                    (gamma.len(), beta.len()),
+                    (columns, columns),
+                    "gamma and beta of {columns} channels"
+                );
+            }
+        }
+        let elements = match &out {
+            OperandMut::U8 { codes, scale } => {
+                assert_eq!(scale.len(), rows, "scales of {rows} rows");
+                codes.len()
+            }
+            OperandMut::U8Uniform { codes, scale } => {
+                assert!(*scale > 0.0, "a scale of {scale}");
+                codes.len()
+            }
+            OperandMut::Bf16(out) => out.len(),
+            OperandMut::F32(out) => out.len(),
+        };
+        assert_eq!(elements, rows * self.stride, "operand of {rows} x {}", self.stride);
+
+        let chunk = (TASK_ELEMENTS / columns.max(1)).clamp(8, 512);
+        let tasks = rows.div_ceil(chunk);
+        let part = |task: usize| (task * chunk, chunk.min(rows - task * chunk));
+        let task = |task: usize, scratch: &mut [u8], out: OperandMut<'_>| {
+            dispatch(isa, Chunk { walk: self, first: part(task).0, out, scratch: cast_slice_mut(scratch) });
+        };
+        match out {
+            OperandMut::U8 { codes, scale } => {
+                let (codes, scale) = (Shared::new(codes), Shared::new(scale));
+                workers.for_each(tasks, |t, scratch| {
+                    let (first, n) = part(t);
+                    // SAFETY: each task has its own rows.
+                    let codes = unsafe { codes.slice(first * self.stride, n * self.stride) };
+                    // SAFETY: as above.
+                    let scale = unsafe { scale.slice(first, n) };
+                    task(t, scratch, OperandMut::U8 { codes, scale });
+                });
+            }
+            OperandMut::U8Uniform { codes, scale } => {
+                let codes = Shared::new(codes);
+                workers.for_each(tasks, |t, scratch| {
+                    let (first, n) = part(t);
+                    // SAFETY: each task has its own rows.
+                    let codes = unsafe { codes.slice(first * self.stride, n * self.stride) };
+                    task(t, scratch, OperandMut::U8Uniform { codes, scale });
+                });
+            }
+            OperandMut::Bf16(out) => {
+                let out = Shared::new(out);
+                workers.for_each(tasks, |t, scratch| {
+                    let (first, n) = part(t);
+                    // SAFETY: each task has its own rows.
+                    task(
+                        t,
+                        scratch,
+                        OperandMut::Bf16(unsafe { out.slice(first * self.stride, n * self.stride) }),
+                    );
+                });
+            }
+            OperandMut::F32(out) => {
+                let out = Shared::new(out);
+                workers.for_each(tasks, |t, scratch| {
+                    let (first, n) = part(t);
+                    // SAFETY: each task has its own rows.
+                    task(
+                        t,
+                        scratch,
+                        OperandMut::F32(unsafe { out.slice(first * self.stride, n * self.stride) }),
+                    );
+                });
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

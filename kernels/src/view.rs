@@ -12,6 +12,30 @@ pub enum Rows<'a> {
     Bf16(&'a [bf16]),
 }
 
+impl<'a> Rows<'a> {
+    /// Elements.
+    pub const fn len(&self) -> usize {
+        match self {
+            Rows::F32(x) => x.len(),
+            Rows::Bf16(x) => x.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub const fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The elements of `range`.
+    #[inline(always)]
+    pub fn slice(&self, range: std::ops::Range<usize>) -> Rows<'a> {
+        match self {
+            Rows::F32(x) => Rows::F32(&x[range]),
+            Rows::Bf16(x) => Rows::Bf16(&x[range]),
+        }
+    }
+}
+
 /// Rows to be written.
 #[derive(Debug)]
 pub enum RowsMut<'a> {
@@ -19,6 +43,21 @@ pub enum RowsMut<'a> {
     F32(&'a mut [f32]),
     /// bfloat16.
     Bf16(&'a mut [bf16]),
+}
+
+impl RowsMut<'_> {
+    /// Elements.
+    pub const fn len(&self) -> usize {
+        match self {
+            RowsMut::F32(x) => x.len(),
+            RowsMut::Bf16(x) => x.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub const fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
 }
 
 /// The left operand of a GEMM: rows of `stride` elements, a multiple of 64, of which the first `k` are the row and the
@@ -29,7 +68,7 @@ pub enum Operand<'a> {
     U8 {
         /// `[rows, stride]`.
         codes: &'a [u8],
-        /// `[rows]`.
+        /// `[rows]`, or `[1]`: one scale for all rows.
         scale: &'a [f32],
     },
     /// bfloat16 rows `[rows, stride]`.
@@ -47,6 +86,13 @@ pub enum OperandMut<'a> {
         codes: &'a mut [u8],
         /// `[rows]`.
         scale: &'a mut [f32],
+    },
+    /// See [`Operand::U8`]: codes to a scale that the caller gives. Larger magnitudes than `127 * scale` saturate.
+    U8Uniform {
+        /// `[rows, stride]`.
+        codes: &'a mut [u8],
+        /// Of all rows.
+        scale: f32,
     },
     /// See [`Operand::Bf16`].
     Bf16(&'a mut [bf16]),

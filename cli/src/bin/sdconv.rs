@@ -1,2 +1,5 @@
 //! `sdconv`: packs a checkpoint into a `.sdq` file.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    sdfast::run::<sdfast::args::Sdconv>(sdfast::sdconv)
+}

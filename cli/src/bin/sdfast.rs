@@ -1,2 +1,5 @@
 //! `sdfast`: makes pictures from a `.sdq` file.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    sdfast::run::<sdfast::args::Sdfast>(sdfast::sdfast)
+}

@@ -77,7 +77,12 @@ struct Buffers<'s> {
 }
 
 /// Runs `call` with `kernel`. The caller has checked the shapes.
-pub(super) fn run(workers: &Workers, kernel: &'static GemmKernel, call: Gemm<'_>) {
+pub(super) fn run(
+    workers: &Workers,
+    kernel: &'static GemmKernel,
+    call: Gemm<'_>,
+    rows: Option<Range<usize>>,
+) {
     let Gemm { operand, input, filter, weight, epilogue, out } = call;
     let widens = !matches!(
         (operand, kernel.types),
@@ -93,7 +98,7 @@ pub(super) fn run(workers: &Workers, kernel: &'static GemmKernel, call: Gemm<'_>
     };
     let chunks = chunks(&weight, kernel, widens, by_tap);
     let keeps = !chunks.iter().all(|chunk| chunk.first && chunk.last);
-    let geometry = Geometry::new(&input, &filter, kernel.mr, epilogue.image_bias.is_some());
+    let geometry = Geometry::new(&input, &filter, kernel.mr, epilogue.image_bias.is_some(), rows);
     let row_bytes = (weight.shape.k_padded() * kernel.types.row_bytes()).max(1);
     let block_rows = if widens || by_tap && weight.bytes.len() <= RESIDENT_WEIGHT {
         SMALL_BLOCK_ROWS
@@ -442,6 +447,7 @@ impl<'a> Plan<'a> {
             bias: &bias,
             activation,
             residual: self.epilogue.residual,
+            accumulate: self.epilogue.accumulate,
             target: self.target(columns, tile),
         };
         // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
@@ -538,7 +544,7 @@ impl Columns {
 }
 
 /// Checks that the shapes of `call` agree.
-pub(super) fn check(call: &Gemm<'_>) {
+pub(super) fn check(call: &Gemm<'_>, rows: Option<&Range<usize>>) {
     let Gemm { operand, input, filter, weight, epilogue, out } = call;
     let shape = weight.shape;
     assert_eq!(filter.kh * filter.kw, shape.taps, "{filter:?} with {shape:?}");
@@ -567,7 +573,8 @@ pub(super) fn check(call: &Gemm<'_>) {
         Operand::F32(rows) => assert_eq!(rows.len(), elements, "operand of {input:?} with {shape:?}"),
     }
     let (h, w) = filter.output(input);
-    let m = input.batch * h * w;
+    assert!(rows.is_none_or(|r| r.start <= r.end && r.end <= h), "rows {rows:?} of {h}");
+    let m = input.batch * rows.map_or(h, |r| r.len()) * w;
     if epilogue.activation == Activation::Geglu {
         assert!(shape.n.is_multiple_of(TILE_COLUMNS), "value and gate panels of {shape:?}");
     }

@@ -39,9 +39,19 @@ pub(crate) struct Geometry {
 }
 
 impl Geometry {
-    /// Cuts the output into tiles of at most `mr` rows. With `by_image` no tile holds rows of two images.
-    pub(crate) fn new(input: &ImageShape, filter: &Filter, mr: usize, by_image: bool) -> Geometry {
+    /// Cuts the output into tiles of at most `mr` rows. With `by_image` no tile holds rows of two images. `rows` chooses
+    /// rows of pixels of each output image; the output then holds just these.
+    pub(crate) fn new(
+        input: &ImageShape,
+        filter: &Filter,
+        mr: usize,
+        by_image: bool,
+        rows: Option<Range<usize>>,
+    ) -> Geometry {
         let (h, w) = filter.output(input);
+        let rows = rows.unwrap_or(0..h);
+        let lines =
+            || (0..input.batch * rows.len()).map(|y| (y, y / rows.len(), rows.start + y % rows.len()));
         let (full_h, full_w) = (input.full_h(), input.full_w());
         let taps = |offset: &dyn Fn(usize, usize) -> usize| -> Vec<usize> {
             (0..filter.kh * filter.kw).map(|tap| offset(tap / filter.kw, tap % filter.kw)).collect()
@@ -54,31 +64,27 @@ impl Geometry {
                 let (py, px) = (phase / 2, phase % 2);
                 geometry.offsets.push(taps(&|ky, kx| (py + ky).div_ceil(2) * full_w + (px + kx).div_ceil(2)));
             }
-            for y in 0..input.batch * h {
-                let image = y / h;
+            for (at, image, y) in lines() {
                 for px in 0..2 {
-                    let base = (image * full_h + y % h / 2) * full_w;
-                    geometry.cut(
-                        RowTile { row: y * w + px, rows: w / 2, image, base, phase: y % 2 * 2 + px },
-                        mr,
-                    );
+                    let base = (image * full_h + y / 2) * full_w;
+                    let phase = y % 2 * 2 + px;
+                    geometry.cut(RowTile { row: at * w + px, rows: w / 2, image, base, phase }, mr);
                 }
             }
             return geometry;
         }
         geometry.offsets.push(taps(&|ky, kx| ky * full_w + kx));
         let point = filter.kh * filter.kw == 1 && filter.stride == 1 && input.border == Default::default();
-        if point {
+        if point && rows.len() == h {
             let (runs, rows) = if by_image { (input.batch, h * w) } else { (1, input.batch * h * w) };
             for image in 0..runs {
                 geometry.cut(RowTile { row: image * rows, rows, image, base: image * rows, phase: 0 }, mr);
             }
             return geometry;
         }
-        for y in 0..input.batch * h {
-            let image = y / h;
-            let base = (image * full_h + y % h * filter.stride) * full_w;
-            geometry.cut(RowTile { row: y * w, rows: w, image, base, phase: 0 }, mr);
+        for (at, image, y) in lines() {
+            let base = (image * full_h + y * filter.stride) * full_w;
+            geometry.cut(RowTile { row: at * w, rows: w, image, base, phase: 0 }, mr);
         }
         geometry
     }
@@ -156,16 +162,19 @@ mod tests {
                 if input.full_h() < kh {
                     continue;
                 }
-                for by_image in [false, true] {
-                    let geometry = Geometry::new(&input, &filter, mr, by_image);
-                    let (oh, ow) = filter.output(&input);
-                    let mut seen = vec![0; batch * oh * ow];
+                let (oh, ow) = filter.output(&input);
+                for (by_image, rows) in [(false, None), (true, None), (true, Some(oh / 3..oh - oh / 4))] {
+                    let geometry = Geometry::new(&input, &filter, mr, by_image, rows.clone());
+                    let rows = rows.unwrap_or(0..oh);
+                    let mut seen = vec![0; batch * rows.len() * ow];
                     for tile in &geometry.tiles {
                         assert!(tile.rows <= mr);
                         for r in 0..tile.rows {
                             let row = tile.row + r * geometry.row_step;
                             seen[row] += 1;
-                            assert!(!by_image || row / (oh * ow) == tile.image);
+                            let image = row / (rows.len() * ow);
+                            assert!(!by_image || image == tile.image);
+                            let row = (image * oh + rows.start + row / ow % rows.len()) * ow + row % ow;
                             for tap in 0..kh * kh {
                                 let at = geometry.operand_row(tile, tap) + r * geometry.operand_step;
                                 assert_eq!(

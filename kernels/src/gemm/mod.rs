@@ -11,12 +11,14 @@ pub(crate) mod tile;
 
 pub use table::{GemmKernel, Types, kernels};
 
+use std::ops::Range;
+
 use crate::layout::{Encoding, Weight};
 use crate::view::{ImageShape, Operand, Rows, RowsMut};
 use crate::{Isa, Workers};
 
 /// What happens to a finished tile while it is in L1, in this order:
-/// `y = activation(acc + bias[n] + image_bias[image, n])`, `y += residual[m, n]`.
+/// `y = activation(acc + bias[n] + image_bias[image, n])`, `y += residual[m, n]`, `y += out[m, n]` where `accumulate`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Epilogue<'a> {
     /// `[n]`.
@@ -27,6 +29,8 @@ pub struct Epilogue<'a> {
     pub activation: Activation,
     /// `[m, n_out]`, row stride `n_out`, added last.
     pub residual: Option<Rows<'a>>,
+    /// `out` holds rows that the result is added to: a residual that the sum replaces.
+    pub accumulate: bool,
 }
 
 /// An activation function in an epilogue or a pass.
@@ -123,11 +127,22 @@ pub fn gemm(workers: &Workers, isa: Isa, call: Gemm<'_>) {
     gemm_with(workers, kernel, call);
 }
 
+/// As [`gemm`], but of each output image only rows `rows` are computed, and `out` and `residual` hold just these: a band of a
+/// convolution whose operand holds the pixels that the band meets.
+pub fn gemm_rows(workers: &Workers, isa: Isa, call: Gemm<'_>, rows: Range<usize>) {
+    let kernel = pick(isa, &call.operand, call.weight.encoding);
+    run(workers, kernel, call, Some(rows));
+}
+
 /// Runs `call` with `kernel`, which must suit its operand and weight.
 ///
 /// # Panics
 /// Where shapes don't agree, the kernel doesn't suit, or the machine lacks its tier.
 pub fn gemm_with(workers: &Workers, kernel: &'static GemmKernel, call: Gemm<'_>) {
+    run(workers, kernel, call, None);
+}
+
+fn run(workers: &Workers, kernel: &'static GemmKernel, call: Gemm<'_>, rows: Option<Range<usize>>) {
     assert!(kernel.isa.is_available(), "{} on a machine without {}", kernel.name, kernel.isa.name());
     assert!(
         kernel.suits(&call.operand, call.weight.encoding),
@@ -135,6 +150,6 @@ pub fn gemm_with(workers: &Workers, kernel: &'static GemmKernel, call: Gemm<'_>)
         kernel.name,
         call.weight.encoding
     );
-    driver::check(&call);
-    driver::run(workers, kernel, call);
+    driver::check(&call, rows.as_ref());
+    driver::run(workers, kernel, call, rows);
 }

@@ -332,6 +332,8 @@ pub(crate) struct Finish<'a> {
     pub(crate) bias: &'a [f32; TILE_COLUMNS],
     pub(crate) activation: Activation,
     pub(crate) residual: Option<Rows<'a>>,
+    /// Whether the rows are added to what `out` holds.
+    pub(crate) accumulate: bool,
     pub(crate) target: Target<'a>,
 }
 
@@ -390,6 +392,9 @@ fn finish_rows(args: &Finish<'_>, activation: impl Fn([f32; TILE_COLUMNS]) -> [f
             Out::F32(out) => {
                 // SAFETY: this task alone finishes these rows and columns, one row at a time.
                 let out = unsafe { out.slice(at, columns) };
+                if args.accumulate {
+                    y.iter_mut().zip(&*out).for_each(|(y, x)| *y += x);
+                }
                 match <&mut [f32; TILE_COLUMNS]>::try_from(&mut *out) {
                     Ok(out) => *out = y,
                     Err(_) => out.copy_from_slice(&y[..columns]),
@@ -398,6 +403,9 @@ fn finish_rows(args: &Finish<'_>, activation: impl Fn([f32; TILE_COLUMNS]) -> [f
             Out::Bf16(out) => {
                 // SAFETY: as above.
                 let out = unsafe { out.slice(at, columns) };
+                if args.accumulate {
+                    y.iter_mut().zip(&*out).for_each(|(y, &x)| *y += from_bf16(x));
+                }
                 let y: [bf16; TILE_COLUMNS] = lanes(|n| to_bf16(y[n]));
                 match <&mut [bf16; TILE_COLUMNS]>::try_from(&mut *out) {
                     Ok(out) => *out = y,

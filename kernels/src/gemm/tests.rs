@@ -1,6 +1,7 @@
 //! Every kernel of the table against the reference, over the shapes around every block edge.
 
 use super::*;
+use crate::Isa;
 use crate::bf16;
 use crate::layout::WeightShape;
 use crate::quantize;
@@ -350,5 +351,47 @@ fn rows_are_independent() {
                 assert!(whole[first * n..][..rows * n] == part, "{} rows {first} + {rows}", kernel.name);
             }
         }
+    }
+}
+
+/// Rows that a result is added to in place, and a window of an output, are what the whole call with a residual gives.
+#[test]
+fn in_place_and_in_part_as_a_whole() {
+    let mut random = Random::new(11);
+    let border = Border { top: 1, left: 1, bottom: 1, right: 1 };
+    let input = ImageShape { batch: 2, h: 6, w: 9, border };
+    for upsample in [false, true] {
+        let filter = Filter { kh: 3, kw: 3, stride: 1, upsample };
+        let shape = WeightShape { n: 20, taps: 9, k: 70 };
+        let left = Left::new(&mut random, Rank::U8, &input, shape.k, shape.k_padded());
+        let bytes = weight_bytes(&mut random, Encoding::Q8, shape);
+        let weight = Weight::new(Encoding::Q8, shape, &bytes);
+        let (h, w) = filter.output(&input);
+        let residual = random.floats(2 * h * w * shape.n);
+        let run = |epilogue, out: &mut [f32], rows: Option<std::ops::Range<usize>>| {
+            let out = RowsMut::F32(out);
+            let call = Gemm { operand: left.view(), input, filter, weight, epilogue, out };
+            let workers = Workers::new(2);
+            match rows {
+                Some(rows) => gemm_rows(&workers, Isa::detect(), call, rows),
+                None => gemm(&workers, Isa::detect(), call),
+            }
+        };
+        let mut whole = vec![f32::NAN; residual.len()];
+        run(Epilogue { residual: Some(Rows::F32(&residual)), ..Epilogue::default() }, &mut whole, None);
+        let mut in_place = residual.clone();
+        run(Epilogue { accumulate: true, ..Epilogue::default() }, &mut in_place, None);
+        assert_eq!(whole, in_place);
+        let window = 2..h - 1;
+        let part = |x: &[f32]| -> Vec<f32> {
+            let line = w * shape.n;
+            x.chunks_exact(h * line)
+                .flat_map(|x| &x[window.start * line..window.end * line])
+                .copied()
+                .collect()
+        };
+        let mut in_part = part(&residual);
+        run(Epilogue { accumulate: true, ..Epilogue::default() }, &mut in_part, Some(window.clone()));
+        assert_eq!(part(&whole), in_part);
     }
 }

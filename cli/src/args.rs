@@ -1,0 +1,313 @@
+//! What people type: every command and flag of both programs.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use convert::Quant;
+use engine::card::{Family, Prediction};
+use engine::pipeline::Noise;
+use engine::precision::Precision;
+use kernels::Isa;
+
+use crate::size::Ram;
+
+/// Stable Diffusion pictures on ordinary CPUs.
+#[derive(Debug, Parser)]
+#[command(name = "sdfast", version, disable_help_subcommand = true)]
+pub struct Sdfast {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Commands of `sdfast`.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a picture.
+    Gen(Box<Gen>),
+    /// Show the settings inside a picture, or what a model is.
+    Info(Info),
+    /// List the kernels, the instruction sets of this machine, and which is used.
+    Kernels,
+}
+
+/// `sdfast gen`
+#[derive(Debug, Args)]
+pub struct Gen {
+    /// What is to be seen.
+    #[arg(default_value = "")]
+    pub prompt: String,
+    /// Model; without it, the small one that is part of the program.
+    #[arg(short, long, value_name = "MODEL.sdq")]
+    pub model: Option<PathBuf>,
+    /// Picture to write [default: sdfast-SEED.png].
+    #[arg(short, long, value_name = "OUT.png")]
+    pub output: Option<PathBuf>,
+    /// What is not to be seen.
+    #[arg(short, long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
+    pub negative: String,
+    /// Sampler steps [default: the model's].
+    #[arg(long, value_name = "N")]
+    pub steps: Option<usize>,
+    /// Guidance: how much the prompt counts; 1 is none and twice as fast [default: the model's].
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub cfg: Option<f32>,
+    /// Seed of the noise [default: a new one each time].
+    #[arg(long, value_name = "S")]
+    pub seed: Option<u64>,
+    /// Width in pixels [default: the model's].
+    #[arg(short = 'W', long, value_name = "PX")]
+    pub width: Option<usize>,
+    /// Height in pixels [default: the model's].
+    #[arg(short = 'H', long, value_name = "PX")]
+    pub height: Option<usize>,
+    /// Sampler [default: the model's].
+    #[arg(long, value_name = "NAME")]
+    pub sampler: Option<String>,
+    /// How noise levels are spread [default: the model's way].
+    #[arg(long, value_name = "NAME")]
+    pub schedule: Option<String>,
+    /// Pictures to make; each takes the next seed.
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
+    pub count: u32,
+    /// Where the noise comes from: torch on a CPU (diffusers, ComfyUI), or Philox (the WebUI).
+    #[arg(long, value_name = "KIND", default_value = "torch")]
+    pub rng: RngArg,
+    /// Start from these latents (safetensors) in place of noise.
+    #[arg(long, value_name = "FILE")]
+    pub latents_in: Option<PathBuf>,
+    /// Write the final latents (safetensors).
+    #[arg(long, value_name = "FILE")]
+    pub latents_out: Option<PathBuf>,
+    /// How the machine is used.
+    #[command(flatten)]
+    pub machine: Machine,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+    /// How much is said.
+    #[command(flatten)]
+    pub voice: Voice,
+}
+
+/// How the machine is used.
+#[derive(Debug, Args)]
+pub struct Machine {
+    /// Memory the program may hold: 300M, 2G, or a share of the machine's like 50% [default: what is free].
+    #[arg(long, value_name = "SIZE")]
+    pub ram: Option<Ram>,
+    /// Threads [default: all processors].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Use no better instruction sets than these [default: the machine's best].
+    #[arg(long, value_name = "TIER", value_parser = isa)]
+    pub isa: Option<Isa>,
+    /// fast, high or exact.
+    #[arg(long, value_name = "LEVEL", default_value = "fast")]
+    pub precision: PrecisionArg,
+}
+
+/// How much is said.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Voice {
+    /// Say nothing but results and errors.
+    #[arg(short, long, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Say more.
+    #[arg(short, long)]
+    pub verbose: bool,
+}
+
+/// `sdfast info`
+#[derive(Debug, Args)]
+pub struct Info {
+    /// A picture (.png) or a model (.sdq).
+    pub file: PathBuf,
+}
+
+/// Pack a Stable Diffusion checkpoint into one .sdq file.
+#[derive(Debug, Parser)]
+#[command(name = "sdconv", version, args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
+pub struct Sdconv {
+    /// Something else than converting.
+    #[command(subcommand)]
+    pub command: Option<ConvertCommand>,
+    /// Converting.
+    #[command(flatten)]
+    pub convert: Convert,
+}
+
+/// Commands of `sdconv`.
+#[derive(Debug, Subcommand)]
+pub enum ConvertCommand {
+    /// Show what is in a checkpoint or an .sdq file.
+    Inspect(Inspect),
+}
+
+/// `sdconv CHECKPOINT`
+#[derive(Debug, Args)]
+pub struct Convert {
+    /// A .safetensors, .ckpt, .pt or .gguf file, or a folder in the layout of diffusers.
+    pub checkpoint: Option<PathBuf>,
+    /// File to write [default: the checkpoint's name and .q8.sdq, in this folder].
+    #[arg(short, long, value_name = "FILE.sdq")]
+    pub output: Option<PathBuf>,
+    /// How far weights are quantized.
+    #[arg(long, value_name = "BITS", default_value = "q8")]
+    pub quant: QuantArg,
+    /// Keep weights whose names fit at an encoding, as 'vae.*=f16'; may be repeated, the last that fits counts.
+    #[arg(long, value_name = "GLOB=ENCODING")]
+    pub keep: Vec<String>,
+    /// Take the VAE from this file or folder.
+    #[arg(long, value_name = "FILE")]
+    pub vae: Option<PathBuf>,
+    /// What the checkpoint must be [default: recognized].
+    #[arg(long, value_name = "NAME")]
+    pub family: Option<FamilyArg>,
+    /// What the network predicts, where the checkpoint doesn't say it.
+    #[arg(long, value_name = "KIND")]
+    pub prediction: Option<PredictionArg>,
+    /// Folder in the layout of diffusers with the configuration of an unusual model.
+    #[arg(long, value_name = "FOLDER")]
+    pub config: Option<PathBuf>,
+    /// Write what became of each tensor.
+    #[arg(long, value_name = "FILE.json")]
+    pub report: Option<PathBuf>,
+    /// Threads [default: all processors].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Replace an existing file; convert in spite of tensors that don't belong.
+    #[arg(long)]
+    pub force: bool,
+    /// How much is said.
+    #[command(flatten)]
+    pub voice: Voice,
+}
+
+/// `sdconv inspect`
+#[derive(Debug, Args)]
+pub struct Inspect {
+    /// A checkpoint, a folder, or an .sdq file.
+    pub file: PathBuf,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Values of `--precision`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum PrecisionArg {
+    /// 8-bit activations.
+    Fast,
+    /// bf16 activations.
+    High,
+    /// f32 activations.
+    Exact,
+}
+
+impl From<PrecisionArg> for Precision {
+    fn from(value: PrecisionArg) -> Self {
+        match value {
+            PrecisionArg::Fast => Precision::Fast,
+            PrecisionArg::High => Precision::High,
+            PrecisionArg::Exact => Precision::Exact,
+        }
+    }
+}
+
+/// Values of `--rng`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum RngArg {
+    /// torch on a CPU.
+    Torch,
+    /// CUDA's Philox.
+    Philox,
+}
+
+impl From<RngArg> for Noise {
+    fn from(value: RngArg) -> Self {
+        match value {
+            RngArg::Torch => Noise::Torch,
+            RngArg::Philox => Noise::Philox,
+        }
+    }
+}
+
+/// Values of `--quant`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum QuantArg {
+    /// 8 bits: no visible difference.
+    Q8,
+    /// A mix of 4 and 8 bits.
+    Q4,
+    /// 16 bits.
+    F16,
+}
+
+impl From<QuantArg> for Quant {
+    fn from(value: QuantArg) -> Self {
+        match value {
+            QuantArg::Q8 => Quant::Q8,
+            QuantArg::Q4 => Quant::Q4,
+            QuantArg::F16 => Quant::F16,
+        }
+    }
+}
+
+/// Values of `--family`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum FamilyArg {
+    /// Stable Diffusion 1.x.
+    Sd15,
+    /// Stable Diffusion 2.x.
+    Sd2,
+    /// Stable Diffusion XL.
+    Sdxl,
+    /// The SDXL refiner.
+    SdxlRefiner,
+}
+
+impl From<FamilyArg> for Family {
+    fn from(value: FamilyArg) -> Self {
+        match value {
+            FamilyArg::Sd15 => Family::Sd15,
+            FamilyArg::Sd2 => Family::Sd2,
+            FamilyArg::Sdxl => Family::Sdxl,
+            FamilyArg::SdxlRefiner => Family::SdxlRefiner,
+        }
+    }
+}
+
+/// Values of `--prediction`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum PredictionArg {
+    /// The noise.
+    Epsilon,
+    /// The velocity.
+    V,
+}
+
+impl From<PredictionArg> for Prediction {
+    fn from(value: PredictionArg) -> Self {
+        match value {
+            PredictionArg::Epsilon => Prediction::Epsilon,
+            PredictionArg::V => Prediction::V,
+        }
+    }
+}
+
+fn isa(name: &str) -> Result<Isa, String> {
+    let known = || Isa::ALL.map(Isa::name).join(", ");
+    Isa::parse(name).ok_or_else(|| format!("the tiers are {}", known()))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn definitions_are_consistent() {
+        super::Sdfast::command().debug_assert();
+        super::Sdconv::command().debug_assert();
+    }
+}

@@ -1,0 +1,59 @@
+//! Opening a model, and how the machine is used for it.
+
+use std::path::Path;
+
+use engine::format::ModelFile;
+use engine::memory;
+use engine::pipeline::Settings;
+use kernels::Isa;
+
+use crate::args::Machine;
+use crate::demo;
+use crate::failure::{Failure, Result};
+use crate::size::{self, Ram};
+
+/// The model at `path`, or the one that is part of the program, and its name.
+pub(crate) fn open(path: Option<&Path>) -> Result<(ModelFile, String)> {
+    let Some(path) = path else { return Ok((demo::open()?, demo::NAME.into())) };
+    let file = ModelFile::open(path)?;
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let name = stem.strip_suffix(&format!(".{}", file.card().provenance.quant)).unwrap_or(&stem);
+    Ok((file, name.to_string()))
+}
+
+/// The settings that the flags ask for.
+pub(crate) fn settings(machine: &Machine) -> Result<Settings> {
+    let isa = picked_isa(machine.isa)?;
+    let threads = machine.threads.map_or_else(Settings::default_threads, usize::from);
+    Ok(Settings { threads, isa, precision: machine.precision.into(), ram: ram(machine.ram)? })
+}
+
+/// The tier that flag, environment and machine agree on.
+pub(crate) fn picked_isa(flag: Option<Isa>) -> Result<Isa> {
+    let variable = std::env::var(kernels::cpu::ISA_VARIABLE).ok().filter(|name| !name.is_empty());
+    if let Some(name) = variable.filter(|name| Isa::parse(name).is_none()) {
+        let known = Isa::ALL.map(Isa::name).join(", ");
+        return Err(Failure::new(format!("{}={name} names no instruction set", kernels::cpu::ISA_VARIABLE))
+            .hint(format!("the tiers are {known}")));
+    }
+    Ok(flag.map_or_else(Isa::detect, Isa::capped))
+}
+
+fn ram(flag: Option<Ram>) -> Result<Option<u64>> {
+    match flag {
+        None => Ok(None),
+        Some(Ram::Bytes(bytes)) => Ok(Some(bytes)),
+        Some(Ram::Share(share)) => {
+            let total = memory::total().ok_or_else(|| {
+                Failure::new("the size of this machine's memory is unknown")
+                    .hint("give --ram in bytes, as 2G")
+            })?;
+            Ok(Some((total as f64 * share) as u64))
+        }
+    }
+}
+
+/// `2.00 GiB`, or `unlimited`.
+pub(crate) fn ram_text(ram: Option<u64>) -> String {
+    ram.map_or("what is free".into(), size::bytes)
+}

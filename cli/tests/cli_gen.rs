@@ -1,0 +1,135 @@
+//! `sdfast gen` and `info`, as people run them, with the model that is part of the program.
+
+mod common;
+
+use std::fs;
+
+use common::{folder, names, sdfast};
+
+#[test]
+fn a_picture_with_its_settings() {
+    let dir = folder();
+    let ran =
+        sdfast(dir.path(), &["gen", "a red circle", "--seed", "5", "--steps", "2", "-n", "blue"]).done();
+    assert_eq!(ran.stdout, "sdfast-5.png\n");
+    assert!(ran.stderr.contains("step 2/2"), "{}", ran.stderr);
+    assert_eq!(names(dir.path()), ["sdfast-5.png"]);
+
+    let png = fs::File::open(dir.path().join("sdfast-5.png")).expect("written");
+    let reader = png::Decoder::new(std::io::BufReader::new(png)).read_info().expect("a PNG file");
+    assert_eq!((reader.info().width, reader.info().height), (128, 128));
+
+    let info = sdfast(dir.path(), &["info", "sdfast-5.png"]).done();
+    assert!(
+        info.stdout.starts_with("a red circle\nNegative prompt: blue\nSteps: 2, Sampler: "),
+        "{}",
+        info.stdout
+    );
+    assert!(info.stdout.contains("Seed: 5, Size: 128x128, Model: demo"), "{}", info.stdout);
+}
+
+#[test]
+fn a_seed_is_a_picture() {
+    let dir = folder();
+    let picture = |name: &str, more: &[&str]| {
+        let arguments = [&["gen", "two stars", "--steps", "2", "-q", "-o", name], more].concat();
+        let ran = sdfast(dir.path(), &arguments).done();
+        assert_eq!((ran.stdout, ran.stderr), (format!("{name}\n"), String::new()));
+        fs::read(dir.path().join(name)).expect("written")
+    };
+    let one = picture("a.png", &["--seed", "1", "--threads", "1"]);
+    assert!(one == picture("b.png", &["--seed", "1", "--threads", "2"]));
+    assert!(one == picture("c.png", &["--seed", "1", "--threads", "3"]));
+    assert!(one != picture("d.png", &["--seed", "2"]));
+    assert!(one != picture("e.png", &["--seed", "1", "--rng", "philox"]));
+}
+
+#[test]
+fn json_is_one_object() {
+    let dir = folder();
+    let arguments = [
+        "gen", "x", "--count", "2", "--seed", "7", "--steps", "3", "--json", "-W", "64", "-H", "96", "-o",
+        "p.png",
+    ];
+    let ran = sdfast(dir.path(), &arguments).done();
+    let json: serde_json::Value = serde_json::from_str(&ran.stdout).expect("one JSON object");
+    assert_eq!(json["model"]["family"], "sd15");
+    assert_eq!(json["model"]["quant"], "q8");
+    assert_eq!(json["images"].as_array().map(Vec::len), Some(2));
+    assert_eq!(json["images"][1]["seed"], 8);
+    assert_eq!(json["images"][1]["path"], "p-8.png");
+    assert_eq!(
+        (json["images"][0]["width"].as_u64(), json["images"][0]["height"].as_u64()),
+        (Some(64), Some(96))
+    );
+    assert_eq!(json["timings"]["steps_s"].as_array().map(Vec::len), Some(6));
+    for field in ["version", "isa", "threads", "precision"] {
+        assert!(!json[field].is_null(), "{field}");
+    }
+    for field in ["open_s", "text_s", "vae_s", "total_s"] {
+        assert!(json["timings"][field].as_f64().is_some_and(|s| s > 0.0), "{field}");
+    }
+    for field in [
+        "budget_bytes",
+        "predicted_peak_bytes",
+        "arena_bytes",
+        "weights_resident_bytes",
+        "weights_streamed_bytes",
+    ] {
+        assert!(json["memory"][field].is_u64(), "{field}");
+    }
+    assert_eq!(names(dir.path()), ["p-7.png", "p-8.png"]);
+}
+
+#[test]
+fn latents_go_out_and_come_in() {
+    let dir = folder();
+    let run = |arguments: &[&str]| {
+        sdfast(
+            dir.path(),
+            &[&["gen", "x", "--steps", "1", "-q", "--sampler", "ddim", "-o", "x.png"], arguments].concat(),
+        )
+    };
+    run(&["--seed", "3", "--latents-out", "l.safetensors"]).done();
+    let bytes = fs::read(dir.path().join("l.safetensors")).expect("written");
+    let file = safetensors::SafeTensors::deserialize(&bytes).expect("a safetensors file");
+    assert_eq!(file.names(), ["latents"]);
+    assert_eq!(file.tensor("latents").expect("there").shape(), [1, 4, 16, 16]);
+    let picture = |seed| {
+        run(&["--seed", seed, "--latents-in", "l.safetensors", "--latents-out", "m.safetensors"]).done();
+        fs::read(dir.path().join("m.safetensors")).expect("written")
+    };
+    assert!(picture("1") == picture("2"), "latents stand in for the seed's noise");
+    run(&["--latents-in", "l.safetensors", "-W", "64"]).refused("latents are [4, 16, 16]");
+    run(&["--latents-in", "x.png"]).refused("holds no latents");
+    run(&["--latents-in", "missing"]).refused("missing");
+}
+
+#[test]
+fn empty_and_endless_prompts_are_prompts() {
+    let dir = folder();
+    sdfast(dir.path(), &["gen", "", "--steps", "1", "-o", "a.png"]).done();
+    sdfast(dir.path(), &["gen", "--steps", "1", "-o", "b.png"]).done();
+    let long = "a red circle and ".repeat(2500);
+    let ran = sdfast(dir.path(), &["gen", &long, "--steps", "1", "-o", "c.png"]).done();
+    assert!(ran.stderr.contains("warning: the prompt is too long by 9925 tokens"), "{}", ran.stderr);
+    let odd = "naïve 赤い円 🙂 \u{200b} \"quotes\"\nsecond line: a, b";
+    sdfast(dir.path(), &["gen", odd, "--steps", "1", "-o", "d.png"]).done();
+    let info = sdfast(dir.path(), &["info", "d.png"]).done();
+    assert!(info.stdout.starts_with(odd), "{}", info.stdout);
+}
+
+#[test]
+fn samplers_and_schedules_make_pictures() {
+    let dir = folder();
+    for sampler in ["ddim", "euler", "euler_a", "heun", "dpmpp_2m", "dpmpp_2m_sde", "lcm"] {
+        sdfast(dir.path(), &["gen", "x", "--steps", "2", "--sampler", sampler, "-o", "a.png"]).done();
+    }
+    sdfast(
+        dir.path(),
+        &["gen", "x", "--steps", "2", "--sampler", "dpmpp_2m", "--schedule", "karras", "-o", "a.png"],
+    )
+    .done();
+    let info = sdfast(dir.path(), &["info", "a.png"]).done();
+    assert!(info.stdout.contains("Sampler: DPM++ 2M, Schedule type: Karras"), "{}", info.stdout);
+}

@@ -1,0 +1,156 @@
+//! Which weight is kept how: one rule per role, and the rules that a user adds.
+#![forbid(unsafe_code)]
+
+use engine::graph::weight::{Role, WeightKind, WeightSpec};
+use kernels::layout::Encoding;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+
+/// How far a model is to be quantized.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Quant {
+    /// 8 bits: no visible difference.
+    #[default]
+    Q8,
+    /// A mix of 4 and 8 bits.
+    Q4,
+    /// 16 bits.
+    F16,
+}
+
+impl Quant {
+    /// Every one.
+    pub const ALL: [Quant; 3] = [Quant::Q8, Quant::Q4, Quant::F16];
+
+    /// The name people see and type.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Quant::Q8 => "q8",
+            Quant::Q4 => "q4",
+            Quant::F16 => "f16",
+        }
+    }
+}
+
+/// The rules of one conversion.
+#[derive(Debug)]
+pub(crate) struct Policy {
+    quant: Quant,
+    keep: Vec<(String, Encoding)>,
+}
+
+impl Policy {
+    /// `keep` holds rules `GLOB=ENCODING`; of several that fit a tensor the last one counts.
+    pub(crate) fn new(quant: Quant, keep: &[String]) -> Result<Policy, Error> {
+        let keep = keep
+            .iter()
+            .map(|rule| {
+                let fault = |fault: &str| Error::Rule { rule: rule.clone(), fault: fault.into() };
+                let (glob, name) = rule.rsplit_once('=').ok_or_else(|| fault("it has no ="))?;
+                let encoding = Encoding::ALL.into_iter().find(|e| e.name() == name);
+                let known = Encoding::ALL.map(Encoding::name).join(", ");
+                let encoding = encoding.ok_or_else(|| fault(&format!("{name:?} is none of {known}")))?;
+                Ok((glob.to_owned(), encoding))
+            })
+            .collect::<Result<_, Error>>()?;
+        Ok(Policy { quant, keep })
+    }
+
+    /// How the tensor is stored.
+    pub(crate) fn encoding(&self, part: &str, spec: &WeightSpec) -> Encoding {
+        match spec.kind {
+            WeightKind::Vector { .. } => Encoding::F32,
+            WeightKind::Table { .. } => Encoding::F16,
+            WeightKind::Matrix { .. } => {
+                let kept = self.keep.iter().rev().find(|(glob, _)| matches(glob, &spec.name));
+                kept.map_or_else(|| by_role(self.quant, part, spec.role), |(_, encoding)| *encoding)
+            }
+        }
+    }
+
+    /// A rule that fits none of these tensors is a mistake.
+    pub(crate) fn check<'a>(&self, specs: impl Iterator<Item = &'a WeightSpec> + Clone) -> Result<(), Error> {
+        for (glob, encoding) in &self.keep {
+            let mut matrices = specs.clone().filter(|s| matches!(s.kind, WeightKind::Matrix { .. }));
+            if !matrices.any(|spec| matches(glob, &spec.name)) {
+                let rule = format!("{glob}={}", encoding.name());
+                return Err(Error::Rule { rule, fault: "it fits no matrix of the model".into() });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The default: what is small and met by every pixel or every step stays in 16 bits; of 4 bits only the UNet's large
+/// matrices are made.
+fn by_role(quant: Quant, part: &str, role: Role) -> Encoding {
+    match (quant, role) {
+        (Quant::F16, _) => Encoding::F16,
+        (_, Role::ConvIn | Role::ConvOut | Role::QuantConv | Role::Pooled) => Encoding::F16,
+        (Quant::Q8, Role::Embedding) => Encoding::F16,
+        (Quant::Q8, _) => Encoding::Q8,
+        (Quant::Q4, Role::Embedding | Role::Shortcut | Role::Projection) => Encoding::Q8,
+        (Quant::Q4, _) if part == "unet" => Encoding::Q4,
+        (Quant::Q4, _) => Encoding::Q8,
+    }
+}
+
+/// Whether a glob of `*` (any run of characters) and `?` (any one) fits the whole name.
+fn matches(glob: &str, name: &str) -> bool {
+    let (glob, name) = (glob.as_bytes(), name.as_bytes());
+    let (mut g, mut n) = (0, 0);
+    let mut star: Option<(usize, usize)> = None;
+    while n < name.len() {
+        match glob.get(g) {
+            Some(b'*') => {
+                star = Some((g, n));
+                g += 1;
+            }
+            Some(&c) if c == b'?' || c == name[n] => (g, n) = (g + 1, n + 1),
+            _ => match star {
+                Some((at, taken)) => {
+                    star = Some((at, taken + 1));
+                    (g, n) = (at + 1, taken + 1);
+                }
+                None => return false,
+            },
+        }
+    }
+    glob[g..].iter().all(|&c| c == b'*')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn globs() {
+        for (glob, name, fits) in [
+            ("vae.*", "vae.decoder.conv_in.weight", true),
+            ("vae.*", "unet.vae.x", false),
+            ("*.to_?.weight", "unet.a.attn1.to_q.weight", true),
+            ("*.to_?.weight", "unet.a.attn1.to_out.0.weight", false),
+            ("*a*a*b", "aaab", true),
+            ("*a*a*b", "ab", false),
+            ("", "", true),
+            ("*", "", true),
+            ("", "a", false),
+        ] {
+            assert_eq!(matches(glob, name), fits, "{glob} {name}");
+        }
+    }
+
+    #[test]
+    fn rules() {
+        let kind = WeightKind::Matrix { n: 1, kh: 1, kw: 1, k: 1, order: Default::default() };
+        let spec = WeightSpec { name: "vae.decoder.x.weight".into(), kind, role: Role::Conv };
+        let rules = ["vae.*=f16".to_owned(), "*.x.weight=bf16".to_owned()];
+        assert_eq!(Policy::new(Quant::Q8, &rules).unwrap().encoding("vae_decoder", &spec), Encoding::Bf16);
+        assert_eq!(Policy::new(Quant::Q8, &[]).unwrap().encoding("vae_decoder", &spec), Encoding::Q8);
+        assert!(Policy::new(Quant::Q8, &["unet.*=f16".into()]).unwrap().check([&spec].into_iter()).is_err());
+        assert!(Policy::new(Quant::Q8, &["vae.*".into()]).is_err());
+        assert!(Policy::new(Quant::Q8, &["vae.*=q5".into()]).is_err());
+    }
+}

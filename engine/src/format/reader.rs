@@ -1,0 +1,305 @@
+//! Opening a model file: everything is checked once, here.
+#![forbid(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use kernels::layout::Weight;
+
+use super::index::{Index, Part, Tensor};
+use super::lost::Watch;
+use super::{Error, MAGIC, PART_ALIGN, TENSOR_ALIGN, VERSION, checksum::xxh64, file};
+use crate::card::Card;
+use crate::graph::weight::WeightKind;
+
+pub(super) const HEADER_BYTES: usize = 32;
+pub(super) const ENTRY_BYTES: usize = 32;
+pub(super) const MAX_CARD: usize = 1 << 20;
+pub(super) const MAX_TOKENIZER: usize = 64 << 20;
+const MAX_SECTIONS: usize = 64;
+
+/// A model file, mapped or built in, that has been checked.
+#[derive(Debug)]
+pub struct ModelFile {
+    bytes: Bytes,
+    card: Card,
+    index: Index,
+    vocab: Range<usize>,
+    merges: Range<usize>,
+}
+
+#[derive(Debug)]
+enum Bytes {
+    Mapped { watch: Watch, map: memmap2::Mmap, file: File, path: PathBuf },
+    Static(&'static [u8]),
+}
+
+/// Data that starts at a multiple of 64, for a model built into the program:
+/// `static MODEL: &Aligned<[u8]> = &Aligned(*include_bytes!("model.sdq"));`
+#[derive(Debug)]
+#[repr(C, align(64))]
+pub struct Aligned<T: ?Sized>(pub T);
+
+impl ModelFile {
+    /// Maps the file and checks everything but the tensors' own checksums ([`ModelFile::verify`]).
+    pub fn open(path: &Path) -> Result<ModelFile, Error> {
+        let fail = |action| move |source| Error::Io { action, path: path.to_owned(), source };
+        let file = File::open(path).map_err(fail("open"))?;
+        let meta = file.metadata().map_err(fail("open"))?;
+        let name = path.display().to_string();
+        if !meta.is_file() || meta.len() < HEADER_BYTES as u64 {
+            return Err(Error::NotSdq { file: name });
+        }
+        let mut head = [0; HEADER_BYTES];
+        file::read_exact_at(&file, &mut head, 0).map_err(fail("read"))?;
+        check_header(&head, meta.len(), &name)?;
+        let map = file::map(&file).map_err(fail("map"))?;
+        let watch = Watch::new(&map);
+        ModelFile::check(Bytes::Mapped { watch, map, file, path: path.to_owned() }, &name)
+    }
+
+    /// A model that is part of the program; see [`Aligned`].
+    pub fn from_static(bytes: &'static [u8]) -> Result<ModelFile, Error> {
+        let name = "the built-in model";
+        if !bytes.as_ptr().addr().is_multiple_of(TENSOR_ALIGN as usize) {
+            let fault = format!("it doesn't start at a multiple of {TENSOR_ALIGN}");
+            return Err(Error::Damaged { file: name.to_owned(), fault });
+        }
+        let Some((head, _)) = bytes.split_first_chunk() else {
+            return Err(Error::NotSdq { file: name.to_owned() });
+        };
+        check_header(head, bytes.len() as u64, name)?;
+        ModelFile::check(Bytes::Static(bytes), name)
+    }
+
+    fn check(bytes: Bytes, name: &str) -> Result<ModelFile, Error> {
+        let all = bytes.as_slice();
+        let damaged = |fault: String| Error::Damaged { file: name.to_owned(), fault };
+        let sections = Sections::read(all).map_err(damaged)?;
+        let range = |tag: &str, limit: usize| {
+            let range = sections.range(tag).ok_or_else(|| damaged(format!("it has no {tag}")))?;
+            if range.len() > limit {
+                return Err(damaged(format!("its {tag} has {} bytes", range.len())));
+            }
+            Ok(range)
+        };
+        let data = range("data", usize::MAX)?;
+        let index = &all[range("index", usize::MAX)?];
+        let index = Index::decode(index, &(data.start as u64..data.end as u64)).map_err(damaged)?;
+        let (vocab, merges) = (range("vocab", MAX_TOKENIZER)?, range("merges", MAX_TOKENIZER)?);
+        let card = &all[range("card", MAX_CARD)?];
+        let card_fault = |fault: String| Error::Card { file: name.to_owned(), fault };
+        let card: Card = serde_json::from_slice(card).map_err(|e| card_fault(e.to_string()))?;
+        card.check().map_err(card_fault)?;
+        Ok(ModelFile { bytes, card, index, vocab, merges })
+    }
+
+    /// Everything about the model but its weights.
+    pub fn card(&self) -> &Card {
+        &self.card
+    }
+
+    /// Networks, in execution order.
+    pub fn parts(&self) -> &[Part] {
+        &self.index.parts
+    }
+
+    /// The part of that name.
+    pub fn part(&self, name: &str) -> Option<&Part> {
+        self.index.parts.iter().find(|p| p.name == name)
+    }
+
+    /// Tensors, in execution order, which is the order of their offsets.
+    pub fn tensors(&self) -> &[Tensor] {
+        &self.index.tensors
+    }
+
+    /// The tensor of that name.
+    pub fn tensor(&self, name: &str) -> Option<&Tensor> {
+        self.index.by_name.get(name).map(|&i| &self.index.tensors[i])
+    }
+
+    /// The bytes of a tensor of this file; they start at a multiple of 64.
+    pub fn bytes(&self, tensor: &Tensor) -> &[u8] {
+        &self.bytes.as_slice()[tensor.range()]
+    }
+
+    /// A matrix of this file, as the kernels take it.
+    pub fn weight(&self, tensor: &Tensor) -> Option<Weight<'_>> {
+        match tensor.kind {
+            WeightKind::Matrix { .. } => {
+                let shape = tensor.kind.shape().expect("a matrix has a shape");
+                Some(Weight::new(tensor.encoding, shape, self.bytes(tensor)))
+            }
+            _ => None,
+        }
+    }
+
+    /// The tokenizer's `vocab.json`.
+    pub fn vocab(&self) -> &[u8] {
+        &self.bytes.as_slice()[self.vocab.clone()]
+    }
+
+    /// The tokenizer's `merges.txt`.
+    pub fn merges(&self) -> &[u8] {
+        &self.bytes.as_slice()[self.merges.clone()]
+    }
+
+    /// Length of the file in bytes.
+    pub fn file_bytes(&self) -> u64 {
+        self.bytes.as_slice().len() as u64
+    }
+
+    /// Where the file lies; `None` for the built-in model.
+    pub fn path(&self) -> Option<&Path> {
+        match &self.bytes {
+            Bytes::Mapped { path, .. } => Some(path),
+            Bytes::Static(_) => None,
+        }
+    }
+
+    /// The open file; `None` for the built-in model.
+    pub fn file(&self) -> Option<&File> {
+        match &self.bytes {
+            Bytes::Mapped { file, .. } => Some(file),
+            Bytes::Static(_) => None,
+        }
+    }
+
+    /// Copies bytes of the file without going through the map, so that they count once in resident memory and a file
+    /// cut short in the meantime is an error.
+    pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), Error> {
+        match &self.bytes {
+            Bytes::Mapped { file, path, .. } => file::read_exact_at(file, buffer, offset)
+                .map_err(|source| Error::Io { action: "read", path: path.clone(), source }),
+            Bytes::Static(bytes) => {
+                let part = usize::try_from(offset).ok().and_then(|o| bytes.get(o..)?.get(..buffer.len()));
+                let source = || io::ErrorKind::UnexpectedEof.into();
+                let part =
+                    part.ok_or_else(|| Error::Io { action: "read", path: PathBuf::new(), source: source() })?;
+                buffer.copy_from_slice(part);
+                Ok(())
+            }
+        }
+    }
+
+    /// Asks the system to have `range` of the file ready soon.
+    pub(crate) fn prefetch(&self, range: &Range<usize>) {
+        if let Bytes::Mapped { map, .. } = &self.bytes {
+            file::prefetch(map, range);
+        }
+    }
+
+    /// Takes `range` of the file out of this process's memory, until it is read again.
+    pub(crate) fn release(&self, range: &Range<usize>) {
+        if let Bytes::Mapped { map, .. } = &self.bytes {
+            file::release(map, range);
+        }
+    }
+
+    /// Fails where parts of the file were gone when they were read: it was cut short after it was opened.
+    pub(crate) fn still_there(&self) -> Result<(), Error> {
+        match &self.bytes {
+            Bytes::Mapped { watch, path, .. } if watch.lost() => Err(Error::Lost { path: path.clone() }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Compares every tensor with its checksum.
+    pub fn verify(&self) -> Result<(), Error> {
+        for tensor in self.tensors() {
+            if xxh64(self.bytes(tensor)) != tensor.checksum {
+                let fault = format!("tensor {} has changed", tensor.name);
+                let file = self.path().map_or("the built-in model".into(), |p| p.display().to_string());
+                return Err(Error::Damaged { file, fault });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Bytes {
+    fn as_slice(&self) -> &[u8] {
+        match self {
+            Bytes::Mapped { map, .. } => map,
+            Bytes::Static(bytes) => bytes,
+        }
+    }
+}
+
+fn u32_at(bytes: &[u8; HEADER_BYTES], at: usize) -> u32 {
+    u32::from_le_bytes(std::array::from_fn(|i| bytes[at + i]))
+}
+
+fn u64_at(bytes: &[u8; 32], at: usize) -> u64 {
+    u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]))
+}
+
+fn check_header(head: &[u8; HEADER_BYTES], found: u64, name: &str) -> Result<(), Error> {
+    let file = name.to_owned();
+    if head[..8] != MAGIC {
+        return Err(Error::NotSdq { file });
+    }
+    if u32_at(head, 8) != VERSION {
+        return Err(Error::Version { file, found: u32_at(head, 8) });
+    }
+    let expected = u64_at(head, 16);
+    if expected != found {
+        return Err(Error::Length { file, expected, found });
+    }
+    Ok(())
+}
+
+/// The section table, with its checksums compared.
+struct Sections(Vec<([u8; 8], Range<usize>)>);
+
+impl Sections {
+    fn read(all: &[u8]) -> Result<Sections, String> {
+        let head = all.first_chunk::<HEADER_BYTES>().expect("the header has been read");
+        let count = u32_at(head, 12) as usize;
+        if count > MAX_SECTIONS {
+            return Err(format!("it speaks of {count} sections"));
+        }
+        let table_end = HEADER_BYTES + ENTRY_BYTES * count;
+        let checksum =
+            all.get(table_end..).and_then(|rest| rest.first_chunk()).copied().map(u64::from_le_bytes);
+        if checksum != Some(xxh64(&all[..table_end.min(all.len())])) {
+            return Err(String::from("the header's checksum is wrong"));
+        }
+        let (entries, _) = all[HEADER_BYTES..table_end].as_chunks::<ENTRY_BYTES>();
+        let mut sections: Vec<([u8; 8], Range<usize>)> = Vec::with_capacity(count);
+        let mut end = table_end + 8;
+        for entry in entries {
+            let tag: [u8; 8] = std::array::from_fn(|i| entry[i]);
+            let text = String::from_utf8_lossy(&tag).trim_end_matches('\0').to_owned();
+            let (offset, len) = (u64_at(entry, 8) as usize, u64_at(entry, 16) as usize);
+            let is_data = text == "data";
+            let align = if is_data { PART_ALIGN } else { TENSOR_ALIGN };
+            let range = match offset.checked_add(len) {
+                Some(stop) if offset >= end && stop <= all.len() && offset.is_multiple_of(align as usize) => {
+                    offset..stop
+                }
+                _ => return Err(format!("section {text:?} is out of place")),
+            };
+            if !is_data && xxh64(&all[range.clone()]) != u64_at(entry, 24) {
+                return Err(format!("the checksum of section {text:?} is wrong"));
+            }
+            if sections.iter().any(|(other, _)| *other == tag) {
+                return Err(format!("section {text:?} is there twice"));
+            }
+            end = range.end;
+            sections.push((tag, range));
+        }
+        if end != all.len() {
+            return Err(String::from("the last section doesn't end where the file ends"));
+        }
+        Ok(Sections(sections))
+    }
+
+    fn range(&self, tag: &str) -> Option<Range<usize>> {
+        let wanted = super::writer::tag(tag);
+        self.0.iter().find(|(tag, _)| *tag == wanted).map(|(_, range)| range.clone())
+    }
+}

@@ -1,0 +1,658 @@
+//! From a network to steps: which form each value takes, which passes make it, what is done band by band together.
+#![forbid(unsafe_code)]
+
+use std::collections::HashMap;
+
+use kernels::Isa;
+use kernels::attention::{self, AttentionShape, Products};
+use kernels::gemm::{Activation, Filter};
+use kernels::layout::{Encoding, TILE_K, WeightShape};
+use kernels::pass::{sums_len, sums_rows};
+use kernels::view::{Border, ImageShape};
+
+use super::builder::{Dims, Network, Node, Rate, Tensor};
+use super::steps::{
+    BandOp, Bands, Buf, NormSpec, Op, OperandBuf, OperandKind, ResidualSpec, RowsBuf, RowsKind, SourceBufs,
+    Step,
+};
+use crate::precision::Precision;
+
+/// What the lowering depends on beside the network.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// How activations are held.
+    pub precision: Precision,
+    /// Instruction sets.
+    pub isa: Isa,
+    /// Size of the team.
+    pub threads: usize,
+    /// Bytes that the operands and inner values of a band may take.
+    pub band_bytes: usize,
+    /// Bytes of weights that a step may read, unless it is a single layer that has more.
+    pub step_weight_bytes: usize,
+    /// Whether the residual stream is bf16 too: half the memory, an error of its own.
+    pub narrow_stream: bool,
+    /// As `band_bytes`, for steps that make values again which are not kept as a whole: larger, as bands overlap there.
+    pub chain_bytes: usize,
+}
+
+impl Options {
+    /// Bands that stay in a core's second-level cache, steps of no more weights than the largest layer of SD 1.5.
+    pub fn new(precision: Precision, isa: Isa, threads: usize) -> Self {
+        Options {
+            precision,
+            isa,
+            threads,
+            band_bytes: 1 << 20,
+            step_weight_bytes: 32 << 20,
+            narrow_stream: false,
+            chain_bytes: 8 << 20,
+        }
+    }
+}
+
+/// The steps of a network and the sizes of their buffers.
+#[derive(Debug)]
+pub(super) struct Lowered {
+    pub(super) steps: Vec<Step>,
+    /// Steps before this one depend on inputs of rate `Run` alone.
+    pub(super) prologue: usize,
+    /// Sizes of the buffers.
+    pub(super) bytes: Vec<usize>,
+    pub(super) inputs: Vec<(String, RowsBuf, Rate)>,
+    pub(super) outputs: Vec<(String, RowsBuf)>,
+    /// Values that are in memory as a whole, at some time.
+    pub(super) rows: Vec<(Tensor, RowsBuf)>,
+}
+
+/// Lowers `network`; `encodings` as in [`super::Plan::new`]. Values of `remade` ([`can_be_remade`]) are never in memory as a
+/// whole: whoever reads them makes them again, band by band.
+pub(super) fn lower(
+    network: &Network,
+    encodings: &[Option<Encoding>],
+    options: Options,
+    remade: &[Tensor],
+) -> Lowered {
+    let mut l = Lowering {
+        network,
+        remade,
+        encodings,
+        options,
+        stream: stream_values(network, options.narrow_stream),
+        last_use: last_uses(network),
+        stats: HashMap::new(),
+        rows: vec![None; network.values.len()],
+        bytes: vec![],
+        steps: vec![],
+        inputs: vec![],
+    };
+    let mut prologue = 0;
+    for (at, i) in network.order().enumerate() {
+        l.node(i, at);
+        if network.values[i].rate == Rate::Run {
+            prologue = l.steps.len();
+        }
+    }
+    let outputs: Vec<_> = network.outputs.iter().map(|(name, t)| (name.clone(), l.rows_of(*t))).collect();
+    if network.values.iter().all(|v| v.rate == Rate::Run) {
+        prologue = l.steps.len(); // an output's own pass included
+    }
+    let Lowering { mut bytes, mut steps, inputs, rows, .. } = l;
+    for step in &mut steps {
+        if let Op::Bands(b) = &mut step.op {
+            cut_bands(b, options);
+            b.sizes(|buf, size| bytes[buf] = bytes[buf].max(size));
+        }
+    }
+    let rows = rows.into_iter().enumerate().filter_map(|(i, r)| Some((Tensor(i), r?))).collect();
+    Lowered { steps, prologue, bytes, inputs, outputs, rows }
+}
+
+/// Values that stay f32 in every precision: what the caller writes and reads, what is added to whole images, and, unless it is
+/// `narrow`, the residual stream: sums that go on through many layers and what is added to them.
+fn stream_values(network: &Network, narrow: bool) -> Vec<bool> {
+    let mut stream = vec![false; network.values.len()];
+    for (i, node) in network.nodes.iter().enumerate() {
+        match *node {
+            Node::Input { .. } | Node::Lookup { .. } => stream[i] = true,
+            Node::Gemm { residual, image_bias, .. } => {
+                for t in [residual.filter(|_| !narrow), image_bias].into_iter().flatten() {
+                    stream[t.0] = true;
+                }
+                stream[i] |= residual.is_some() && !narrow;
+            }
+            _ => {}
+        }
+    }
+    for (_, t) in &network.outputs {
+        stream[t.0] = true;
+    }
+    stream
+}
+
+/// For each value, the place in execution order of the last node that reads it, and whether only that one does. Norms,
+/// activations and concatenations read when their readers do. Outputs are read at the end.
+fn last_uses(network: &Network) -> Vec<(usize, usize)> {
+    let mut uses = vec![(0, 0); network.values.len()]; // (last, readers)
+    let mut visit = |t: Tensor, at: usize| {
+        let mut open = vec![t];
+        while let Some(t) = open.pop() {
+            let (last, readers) = uses[t.0];
+            uses[t.0] = (last.max(at), readers + 1);
+            if matches!(
+                network.nodes[t.0],
+                Node::GroupNorm { .. } | Node::LayerNorm { .. } | Node::Activate { .. } | Node::Concat { .. }
+            ) {
+                open.extend(network.nodes[t.0].inputs());
+            }
+        }
+    };
+    for (at, i) in network.order().enumerate() {
+        match &network.nodes[i] {
+            Node::GroupNorm { .. } | Node::LayerNorm { .. } | Node::Activate { .. } | Node::Concat { .. } => {
+            }
+            node => node.inputs().into_iter().for_each(|t| visit(t, at)),
+        }
+    }
+    for (_, t) in &network.outputs {
+        visit(*t, usize::MAX);
+    }
+    uses
+}
+
+/// Whether `t` may be made again by each of its readers: a GEMM that only GEMMs read, past norms and concatenations.
+pub(super) fn can_be_remade(network: &Network, t: Tensor) -> bool {
+    fn read_by_gemms(network: &Network, t: Tensor) -> bool {
+        let readers = (0..network.nodes.len()).filter(|&i| network.nodes[i].inputs().contains(&t));
+        !network.outputs.iter().any(|(_, o)| *o == t)
+            && readers.into_iter().all(|i| match &network.nodes[i] {
+                Node::Gemm { image_bias, .. } => *image_bias != Some(t),
+                Node::GroupNorm { .. } | Node::LayerNorm { .. } | Node::Concat { .. } => {
+                    read_by_gemms(network, Tensor(i))
+                }
+                _ => false,
+            })
+    }
+    matches!(network.nodes[t.0], Node::Gemm { .. }) && read_by_gemms(network, t)
+}
+
+struct Lowering<'a> {
+    network: &'a Network,
+    /// Values that are never in memory as a whole.
+    remade: &'a [Tensor],
+    encodings: &'a [Option<Encoding>],
+    options: Options,
+    stream: Vec<bool>,
+    last_use: Vec<(usize, usize)>,
+    /// Statistics of group norms.
+    stats: HashMap<Tensor, Buf>,
+    /// Values in memory as plain rows.
+    rows: Vec<Option<RowsBuf>>,
+    bytes: Vec<usize>,
+    steps: Vec<Step>,
+    inputs: Vec<(String, RowsBuf, Rate)>,
+}
+
+impl Lowering<'_> {
+    fn buffer(&mut self, bytes: usize) -> Buf {
+        self.bytes.push(bytes);
+        self.bytes.len() - 1
+    }
+
+    fn rows_kind(&self, t: Tensor) -> RowsKind {
+        let exact = self.options.precision == Precision::Exact;
+        if exact || self.stream[t.0] { RowsKind::F32 } else { RowsKind::Bf16 }
+    }
+
+    fn new_rows(&mut self, t: Tensor, kind: RowsKind) -> RowsBuf {
+        let v = &self.network.values[t.0];
+        let (pixels, c) = (v.dims.pixels(), v.c);
+        let rows = RowsBuf { buf: self.buffer(pixels * c * kind.bytes()), kind, c };
+        self.rows[t.0] = Some(rows);
+        rows
+    }
+
+    fn step(&mut self, t: Tensor, op: Op, weights: Vec<usize>) {
+        self.steps.push(Step { path: self.network.paths[t.0].clone(), op, weights });
+    }
+
+    fn image(&self, t: Tensor) -> ImageShape {
+        let Dims { batch, h, w } = self.network.values[t.0].dims;
+        ImageShape { batch, h, w, border: Border::default() }
+    }
+
+    /// The tensors whose columns make up `t`.
+    fn source(&mut self, t: Tensor) -> SourceBufs {
+        match self.network.nodes[t.0] {
+            Node::Concat { a, b } => [Some(self.rows_of(a)), Some(self.rows_of(b))],
+            _ => [Some(self.rows_of(t)), None],
+        }
+    }
+
+    /// `t` as plain rows, made now if nothing made them before.
+    fn rows_of(&mut self, t: Tensor) -> RowsBuf {
+        if let Some(rows) = self.rows[t.0] {
+            return rows;
+        }
+        let (source, norm, activation, weights) = self.pass_into(t);
+        let kind = self.rows_kind(t);
+        let out = self.new_rows(t, kind);
+        let image = self.image(t);
+        self.step(t, Op::Rows { source, image, norm, activation, out }, weights);
+        out
+    }
+
+    /// What a pass that makes `t` reads and does. Statistics that it needs are a step of their own.
+    fn pass_into(&mut self, t: Tensor) -> (SourceBufs, NormSpec, Activation, Vec<usize>) {
+        let (x, norm, activation, weights) = self.pass_of(t);
+        (self.source(x), norm, activation, weights)
+    }
+
+    /// As `pass_into`, with the value that the pass reads in place of its rows.
+    fn pass_of(&mut self, t: Tensor) -> (Tensor, NormSpec, Activation, Vec<usize>) {
+        match self.network.nodes[t.0] {
+            Node::GroupNorm { x, gamma, beta, groups, eps, activation } => {
+                let stats = self.group_stats(t, x, groups, eps);
+                (x, NormSpec::Group { stats, groups, gamma, beta }, activation, vec![gamma, beta])
+            }
+            Node::LayerNorm { x, gamma, beta, eps } => {
+                (x, NormSpec::Layer { gamma, beta, eps }, Activation::None, vec![gamma, beta])
+            }
+            Node::Activate { x, activation } => (x, NormSpec::None, activation, vec![]),
+            _ => (t, NormSpec::None, Activation::None, vec![]),
+        }
+    }
+
+    /// Steps that make the statistics of `x` for the norm `t`.
+    fn group_stats(&mut self, t: Tensor, x: Tensor, groups: usize, eps: f32) -> Buf {
+        if let Some(&stats) = self.stats.get(&t) {
+            return stats;
+        }
+        let image = self.image(x);
+        let stats = self.buffer(image.batch * groups * 2 * 4);
+        let sums = self.buffer(sums_len(&image, groups) * 8);
+        if self.parts(x).iter().any(|p| self.remade.contains(p)) {
+            let dims = self.network.values[x.0].dims;
+            let mut chain = Chain::new(dims);
+            let source = self.chain_source(&mut chain, x, dims);
+            chain.ops.push(BandOp::Sums { source, groups, sums });
+            self.chain_step(t, chain);
+            let channels = self.network.values[x.0].c;
+            self.step(t, Op::GroupFinish { sums, image, channels, groups, eps, stats }, vec![]);
+        } else {
+            let source = self.source(x);
+            self.step(t, Op::GroupStats { source, image, groups, eps, sums, stats }, vec![]);
+        }
+        self.stats.insert(t, stats);
+        stats
+    }
+
+    /// The tensors whose columns make up `t`.
+    fn parts(&self, t: Tensor) -> Vec<Tensor> {
+        match self.network.nodes[t.0] {
+            Node::Concat { a, b } => vec![a, b],
+            _ => vec![t],
+        }
+    }
+
+    /// Rows of the parts of `x` for an operation of `chain`; parts that are not kept are made by it first.
+    fn chain_source(&mut self, chain: &mut Chain, x: Tensor, dims: Dims) -> SourceBufs {
+        let mut source = [None, None];
+        for (rows, part) in source.iter_mut().zip(self.parts(x)) {
+            *rows = Some(self.chain_rows(chain, part, dims));
+        }
+        source
+    }
+
+    /// Rows of `t`, which has images `dims`, for an operation of `chain`.
+    fn chain_rows(&mut self, chain: &mut Chain, t: Tensor, dims: Dims) -> RowsBuf {
+        if !self.remade.contains(&t) {
+            return self.rows_of(t);
+        }
+        if let Some((_, rows)) = chain.made.iter().find(|(made, _)| *made == t) {
+            return *rows;
+        }
+        let v = &self.network.values[t.0];
+        let out = RowsBuf { buf: self.buffer(0), kind: self.rows_kind(t), c: v.c };
+        chain.made.push((t, out));
+        chain.local.push((out, dims));
+        self.chain_gemm(chain, t, dims, out);
+        out
+    }
+
+    /// Appends the pass and the GEMM that make `t`, of images `dims`, in `out`.
+    fn chain_gemm(&mut self, chain: &mut Chain, t: Tensor, dims: Dims, out: RowsBuf) {
+        let Node::Gemm { x, weight, bias, filter, border, image_bias, activation, residual } =
+            self.network.nodes[t.0].clone()
+        else {
+            unreachable!("GEMMs alone are made again")
+        };
+        let kind = self.operand_kind(weight);
+        let (from, norm, pass_activation, weights) = self.pass_of(x);
+        let input = if chain.flat { dims } else { self.network.values[x.0].dims };
+        let source = self.chain_source(chain, from, input);
+        let image_bias = image_bias.map(|t| self.rows_of(t).buf);
+        let residual = match residual {
+            Some(r) => ResidualSpec::Rows(self.chain_rows(chain, r, dims)),
+            None => ResidualSpec::None,
+        };
+        let operand = self.new_operand(kind, self.network.values[x.0].c);
+        let pass =
+            BandOp::Pass { source, input, filter, border, norm, activation: pass_activation, out: operand };
+        let gemm = BandOp::Gemm { operand, weight, bias, image_bias, activation, residual, out };
+        chain.ops.extend([pass, gemm]);
+        chain.weights.extend(weights);
+        chain.weights.push(weight);
+        chain.weights.extend(bias);
+    }
+
+    fn chain_step(&mut self, t: Tensor, chain: Chain) {
+        let Chain { output, ops, local, weights, .. } = chain;
+        self.step(t, Op::Bands(Bands { output, ops, local, bands: vec![] }), weights);
+    }
+
+    fn operand_kind(&self, weight: usize) -> OperandKind {
+        let encoding = self.encodings[weight].expect("a matrix has an encoding");
+        match self.options.precision {
+            Precision::Exact => OperandKind::F32,
+            Precision::Fast if encoding.is_integer() => OperandKind::U8,
+            _ => OperandKind::Bf16,
+        }
+    }
+
+    fn weight_shape(&self, weight: usize) -> WeightShape {
+        self.network.weights()[weight].kind.shape().expect("a GEMM has a matrix")
+    }
+
+    fn weight_bytes(&self, weights: &[usize]) -> usize {
+        let bytes = |&w: &usize| self.encodings[w].map_or(0, |e| self.weight_shape(w).bytes(e));
+        weights.iter().map(bytes).sum()
+    }
+
+    fn new_operand(&mut self, kind: OperandKind, c: usize) -> OperandBuf {
+        let scale = (kind == OperandKind::U8).then(|| self.buffer(0));
+        OperandBuf { buf: self.buffer(0), scale, kind, stride: c.next_multiple_of(TILE_K) }
+    }
+
+    /// Node `i`, at place `at` of the execution order.
+    fn node(&mut self, i: usize, at: usize) {
+        let t = Tensor(i);
+        match self.network.nodes[i].clone() {
+            Node::Input { name, ids } => {
+                let kind = if ids { RowsKind::U32 } else { RowsKind::F32 };
+                let rows = self.new_rows(t, kind);
+                self.inputs.push((name, rows, self.network.values[i].rate));
+            }
+            // Made by the pass of whoever reads them.
+            Node::GroupNorm { .. } | Node::LayerNorm { .. } | Node::Activate { .. } | Node::Concat { .. } => {
+            }
+            Node::Gemm { .. } => self.gemm(t, at),
+            Node::Attention { q, k, v, heads, causal } => {
+                let (qd, kd) = (self.network.values[q.0].dims, self.network.values[k.0].dims);
+                let shape = AttentionShape {
+                    batch: qd.batch,
+                    nq: qd.h * qd.w,
+                    nk: kd.h * kd.w,
+                    heads,
+                    d: self.network.values[q.0].c / heads,
+                };
+                let products = match self.options.precision {
+                    Precision::Exact => Products::F32,
+                    Precision::High => Products::Bf16,
+                    Precision::Fast => Products::Int8,
+                };
+                let [q, k, v] = [q, k, v].map(|t| self.rows_of(t));
+                let Options { isa, threads, .. } = self.options;
+                let workspace = self.buffer(attention::workspace_bytes(&shape, isa, products, threads));
+                let out = self.new_rows(t, self.rows_kind(t));
+                self.step(t, Op::Attention { shape, q, k, v, causal, products, workspace, out }, vec![]);
+            }
+            Node::Lookup { ids, table, positions } => {
+                let ids = self.rows_of(ids).buf;
+                let out = self.new_rows(t, RowsKind::F32);
+                self.step(t, Op::Lookup { ids, table, positions, out }, vec![table, positions]);
+            }
+            Node::Resize { x } => {
+                let (from, to) = (self.network.values[x.0].dims, self.network.values[i].dims);
+                let x = self.rows_of(x);
+                let out = self.new_rows(t, x.kind);
+                self.step(t, Op::Resize { x, from, to, out }, vec![]);
+            }
+        }
+    }
+
+    fn gemm(&mut self, t: Tensor, at: usize) {
+        if self.remade.contains(&t) {
+            return; // made by whoever reads it
+        }
+        let Node::Gemm { x, weight, bias, filter, border, image_bias, activation, residual } =
+            self.network.nodes[t.0].clone()
+        else {
+            unreachable!("called for GEMM nodes")
+        };
+        let residual_in_place = residual.and_then(|r| self.in_place(t, x, r, filter, at));
+        if let Some(rows) = residual_in_place {
+            self.rows[t.0] = Some(rows);
+        }
+        let made = |l: &Self, x: Tensor| l.remade.contains(&x);
+        let source = match self.network.nodes[x.0] {
+            Node::GroupNorm { x, .. } | Node::LayerNorm { x, .. } | Node::Activate { x, .. } => x,
+            _ => x,
+        };
+        let chained = self.parts(source).into_iter().chain(residual).any(|p| made(self, p));
+        if chained {
+            let dims = self.network.values[t.0].dims;
+            let mut chain = Chain::new(dims);
+            let out = self.rows[t.0].unwrap_or_else(|| self.new_rows(t, self.rows_kind(t)));
+            self.chain_gemm(&mut chain, t, dims, out);
+            if residual_in_place.is_some()
+                && let Some(BandOp::Gemm { residual, .. }) = chain.ops.last_mut()
+            {
+                *residual = ResidualSpec::InPlace;
+            }
+            self.chain_step(t, chain);
+            return;
+        }
+
+        let kind = self.operand_kind(weight);
+        let image_bias = image_bias.map(|t| self.rows_of(t).buf);
+        let residual_rows = residual.map(|t| self.rows_of(t));
+        let joins = self.joins(t, x, weight, kind, filter, border);
+        let (input, output) = (self.network.values[x.0].dims, self.network.values[t.0].dims);
+        let flat = |d: Dims| Dims { batch: d.batch, h: d.h * d.w, w: 1 };
+        let (input, output) =
+            if filter == Filter::POINT { (flat(input), flat(output)) } else { (input, output) };
+        let mut ops = vec![];
+        let mut weights = vec![];
+        let operand = if let Some(Join::Operand(operand)) = joins {
+            operand
+        } else {
+            let (source, norm, activation, w) = match joins {
+                Some(_) => ([self.rows[x.0], None], NormSpec::None, Activation::None, vec![]),
+                None => self.pass_into(x),
+            };
+            weights = w;
+            let out = self.new_operand(kind, self.network.values[x.0].c);
+            ops.push(BandOp::Pass { source, input, filter, border, norm, activation, out });
+            out
+        };
+        weights.push(weight);
+        weights.extend(bias);
+        let residual = match (residual_in_place, residual_rows) {
+            (Some(_), _) => ResidualSpec::InPlace,
+            (None, Some(rows)) => ResidualSpec::Rows(rows),
+            (None, None) => ResidualSpec::None,
+        };
+        let out = self.rows[t.0].unwrap_or_else(|| self.new_rows(t, self.rows_kind(t)));
+        ops.push(BandOp::Gemm { operand, weight, bias, image_bias, activation, residual, out });
+        match joins {
+            None => {
+                let bands = Bands { output, ops, local: vec![], bands: vec![] };
+                self.step(t, Op::Bands(bands), weights);
+            }
+            Some(join) => {
+                let inner = self.rows[x.0];
+                let step = self.steps.last_mut().expect("there is a step to join");
+                step.weights.extend(weights);
+                let Op::Bands(bands) = &mut step.op else { unreachable!("only bands are joined") };
+                bands.ops.extend(ops);
+                if let (Join::Inner, Some(inner)) = (join, inner) {
+                    bands.local.push((inner, input));
+                    self.bytes[inner.buf] = 0; // a band of it is enough
+                }
+            }
+        }
+    }
+
+    /// The rows of the residual `r` of `t`, where the sum may take their place: nobody reads them later, and no filter
+    /// that reaches beyond its pixels could meet what the band before has overwritten.
+    fn in_place(&mut self, t: Tensor, x: Tensor, r: Tensor, filter: Filter, at: usize) -> Option<RowsBuf> {
+        if self.remade.contains(&r) {
+            return None;
+        }
+        let same_rate = self.network.values[r.0].rate == self.network.values[t.0].rate;
+        let input = matches!(self.network.nodes[r.0], Node::Input { .. });
+        let dies = self.last_use[r.0].0 == at;
+        let apart = filter == Filter::POINT && !self.remade.contains(&x) || !self.reads(x, r);
+        let rows = self.rows_of(r);
+        (same_rate && !input && dies && apart && rows.kind == self.rows_kind(t)).then_some(rows)
+    }
+
+    /// Whether the value `x` is made from `r`.
+    fn reads(&self, x: Tensor, r: Tensor) -> bool {
+        x == r
+            || match &self.network.nodes[x.0] {
+                node @ Node::Gemm { .. } if self.remade.contains(&x) => {
+                    node.inputs().into_iter().any(|t| self.reads(t, r))
+                }
+                node @ (Node::GroupNorm { .. }
+                | Node::LayerNorm { .. }
+                | Node::Activate { .. }
+                | Node::Concat { .. }) => node.inputs().into_iter().any(|t| self.reads(t, r)),
+                _ => false,
+            }
+    }
+
+    /// Whether the GEMM `t` of `x` can go on where the last step is: because that step has made the operand already, or
+    /// because it makes `x` itself, for nobody else.
+    fn joins(
+        &self,
+        t: Tensor,
+        x: Tensor,
+        weight: usize,
+        kind: OperandKind,
+        filter: Filter,
+        border: Border,
+    ) -> Option<Join> {
+        let step = self.steps.last()?;
+        let Op::Bands(bands) = &step.op else { return None };
+        let rate = |t: Tensor| self.network.values[t.0].rate;
+        let total = self.weight_bytes(&step.weights) + self.weight_bytes(&[weight]);
+        let made_by = |t: Tensor| {
+            let rows = self.rows[t.0]?.buf;
+            // A sum that goes where its residual was is whole: it can't be local.
+            bands.ops.iter().find(|op| match op {
+                BandOp::Gemm { out, residual, .. } => {
+                    out.buf == rows && !matches!(residual, ResidualSpec::InPlace)
+                }
+                _ => false,
+            })
+        };
+        if total > self.options.step_weight_bytes {
+            return None;
+        }
+        // The step's own rate: that of its GEMMs.
+        let last = Tensor(*self.step_nodes().last()?);
+        if rate(last) != rate(t) {
+            return None;
+        }
+        let Node::Gemm { x: last_x, filter: last_filter, border: last_border, .. } =
+            self.network.nodes[last.0]
+        else {
+            return None;
+        };
+        if bands.ops.iter().any(|op| matches!(op, BandOp::Sums { .. }))
+            || bands.local.iter().any(|(rows, _)| self.rows.iter().flatten().all(|r| r.buf != rows.buf))
+        {
+            return None; // a chain
+        }
+        if filter == Filter::POINT
+            && last_filter == Filter::POINT
+            && self.last_use[x.0].1 == 1
+            && made_by(x).is_some()
+        {
+            return Some(Join::Inner);
+        }
+        let same = last_x == x && last_filter == filter && last_border == border;
+        let operand = bands.ops.iter().rev().find_map(|op| match op {
+            BandOp::Pass { out, .. } => Some(*out),
+            _ => None,
+        })?;
+        (same && operand.kind == kind).then_some(Join::Operand(operand))
+    }
+
+    /// The GEMM nodes of the last step, by the buffers they write.
+    fn step_nodes(&self) -> Vec<usize> {
+        let Some(Step { op: Op::Bands(bands), .. }) = self.steps.last() else { return vec![] };
+        let outs = bands.ops.iter().filter_map(|op| match op {
+            BandOp::Gemm { weight, .. } => Some(*weight),
+            _ => None,
+        });
+        let node = |w: usize| {
+            self.network.nodes.iter().position(|n| matches!(n, Node::Gemm { weight, .. } if *weight == w))
+        };
+        outs.filter_map(node).collect()
+    }
+}
+
+/// How a GEMM goes on in a step.
+#[derive(Clone, Copy, Debug)]
+enum Join {
+    /// Its operand is there.
+    Operand(OperandBuf),
+    /// What it reads is made there, and stays inside.
+    Inner,
+}
+
+/// Operations that make values which are not kept, and then what reads them.
+#[derive(Debug)]
+struct Chain {
+    output: Dims,
+    /// Whether rows are single pixels.
+    flat: bool,
+    ops: Vec<BandOp>,
+    local: Vec<(RowsBuf, Dims)>,
+    made: Vec<(Tensor, RowsBuf)>,
+    weights: Vec<usize>,
+}
+
+impl Chain {
+    fn new(output: Dims) -> Self {
+        Chain { output, flat: false, ops: vec![], local: vec![], made: vec![], weights: vec![] }
+    }
+}
+
+/// Cuts `b` into the largest bands whose own buffers fit.
+fn cut_bands(b: &mut Bands, options: Options) {
+    let image = ImageShape { batch: b.output.batch, h: b.output.h, w: b.output.w, border: Border::default() };
+    let sums = b.ops.iter().any(|op| matches!(op, BandOp::Sums { .. }));
+    let doubles = |op: &BandOp| matches!(op, BandOp::Pass { filter, .. } if filter.upsample);
+    let unit = match sums {
+        true => sums_rows(&image),
+        false if b.ops.iter().any(doubles) => 2, // windows begin at whole rows of the input
+        false => 1,
+    };
+    let passes =
+        b.ops.iter().filter(|op| matches!(op, BandOp::Pass { filter, .. } if *filter != Filter::POINT));
+    let target = if passes.count() > 1 || sums { options.chain_bytes } else { options.band_bytes };
+    let all = b.output.batch * b.output.h;
+    // Halving finds the size soon enough: bands need not be as large as can be.
+    let mut rows = all;
+    loop {
+        b.cut(rows, unit);
+        if rows <= unit || b.local_bytes() <= target {
+            return;
+        }
+        rows = (rows / 2).max(1);
+    }
+}

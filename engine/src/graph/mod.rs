@@ -1,0 +1,24 @@
+//! One description of each network drives everything: the weights wanted, their order in the file, the plan, the arena,
+//! streaming and the run.
+//!
+//! A model ([`crate::models`]) tells a [`Builder`] what it is made of. The result is a [`Network`]: values, and the nodes
+//! that make them. [`Plan::new`] lowers it for a precision and for the encodings of a file into steps over one arena;
+//! [`Session`] runs the steps.
+//!
+//! Passes and matrix products over the same pixels run band by band: the 8-bit operand of a layer, and what lies between the
+//! two layers of an MLP, exist for a band of rows only.
+
+mod arena;
+mod builder;
+mod exec;
+mod lower;
+mod plan;
+mod steps;
+pub mod weight;
+
+pub use arena::{Arena, Region};
+pub use builder::{Builder, Dims, GemmBuilder, Network, Rate, Tensor};
+pub use exec::{Session, Watch};
+pub use lower::Options;
+pub use plan::Plan;
+pub use steps::Step;

@@ -1,0 +1,57 @@
+//! The networks, each described once.
+#![forbid(unsafe_code)]
+
+mod clip;
+mod unet;
+mod vae;
+
+pub use clip::clip;
+pub use unet::{UnetInput, unet};
+pub use vae::{vae_decoder, vae_encoder};
+
+use crate::card::Card;
+use crate::graph::weight::WeightSpec;
+
+/// A network that holds memory on its own: no two of them do at the same time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Part {
+    /// Text encoder 0 or 1.
+    TextEncoder(usize),
+    /// The denoiser.
+    Unet,
+    /// Latents to pixels.
+    VaeDecoder,
+    /// Pixels to latents.
+    VaeEncoder,
+}
+
+impl Part {
+    /// The name in reports and in the file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Part::TextEncoder(0) => "text_encoder",
+            Part::TextEncoder(_) => "text_encoder_2",
+            Part::Unet => "unet",
+            Part::VaeDecoder => "vae_decoder",
+            Part::VaeEncoder => "vae_encoder",
+        }
+    }
+}
+
+/// Every weight of a model, by part, in execution order: what a checkpoint must supply and how the file is laid out.
+///
+/// The parts lie in the order in which a run needs them, the encoder (which only some runs need) last.
+pub fn weights(card: &Card) -> Vec<(Part, Vec<WeightSpec>)> {
+    let mut parts: Vec<_> = card
+        .text_encoders
+        .iter()
+        .enumerate()
+        .map(|(i, c)| (Part::TextEncoder(i), clip(i, c, 1, c.output_layer).weights().to_vec()))
+        .collect();
+    let size = UnetInput { batch: 1, h: 8, w: 8, tokens: 77 };
+    parts.push((Part::Unet, unet(&card.unet, size).weights().to_vec()));
+    parts.push((Part::VaeDecoder, vae_decoder(&card.vae, 1, 8, 8).weights().to_vec()));
+    let side = 8 * card.vae.factor();
+    parts.push((Part::VaeEncoder, vae_encoder(&card.vae, 1, side, side).weights().to_vec()));
+    parts
+}

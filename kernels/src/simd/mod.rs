@@ -1,0 +1,353 @@
+//! Vectors of f32 in the width of the machine.
+//!
+//! Element-wise code is written once, as a [`SimdOp`] over any [`Simd`], and entered through [`dispatch`]. A value of a
+//! tier's type is a proof that the machine has its instructions, so the operations are safe; loads and stores take slices
+//! and check them. Everything on the way is `#[inline(always)]`, so that it ends up compiled for the tier.
+
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use crate::{Isa, bf16};
+
+/// The most lanes that any tier has.
+pub const MAX_LANES: usize = 16;
+
+/// Operations on `LANES` f32 numbers at a time.
+///
+/// "Partial" loads and stores move `slice.len() < LANES` elements; the lanes beyond are zero. The others move `LANES`
+/// elements and panic on a shorter slice.
+pub trait Simd: Copy + Send + Sync + 'static {
+    /// Lanes of a vector, at most [`MAX_LANES`].
+    const LANES: usize;
+    /// Vectors that fit in the registers.
+    const REGISTERS: usize;
+    /// `LANES` f32.
+    type F: Copy;
+
+    /// All lanes `x`.
+    fn splat(self, x: f32) -> Self::F;
+    /// Loads `LANES` elements.
+    fn load(self, src: &[f32]) -> Self::F;
+    /// Loads all of `src`, fewer than `LANES` elements.
+    fn load_partial(self, src: &[f32]) -> Self::F;
+    /// Loads `LANES` integers and converts them.
+    fn load_i32(self, src: &[i32]) -> Self::F;
+    /// Loads and widens `LANES` elements.
+    fn load_bf16(self, src: &[bf16]) -> Self::F;
+    /// Loads and widens all of `src`, fewer than `LANES` elements.
+    fn load_bf16_partial(self, src: &[bf16]) -> Self::F;
+    /// Asks for the cache line `ahead` bytes behind the beginning of `src`, which may lie outside.
+    fn prefetch<T>(self, src: &[T], ahead: usize);
+    /// Stores `LANES` elements.
+    fn store(self, v: Self::F, dst: &mut [f32]);
+    /// Stores the first `dst.len() < LANES` lanes.
+    fn store_partial(self, v: Self::F, dst: &mut [f32]);
+    /// Rounds to nearest even and stores `LANES` elements.
+    fn store_bf16(self, v: Self::F, dst: &mut [bf16]);
+    /// Rounds to nearest even and stores the first `dst.len() < LANES` lanes.
+    fn store_bf16_partial(self, v: Self::F, dst: &mut [bf16]);
+    /// Rounds to nearest (ties away from zero) and stores `a[0], b[0], a[1], b[1], ...`, `2 * LANES` elements, none NaN.
+    fn store_bf16_pairs(self, a: Self::F, b: Self::F, dst: &mut [bf16]);
+    /// Stores `LANES` codes of an operand: `round(v) + 128`, saturated to 1 ..= 255.
+    fn store_codes(self, v: Self::F, dst: &mut [u8]);
+    /// Stores the first `dst.len() < LANES` codes of an operand.
+    fn store_codes_partial(self, v: Self::F, dst: &mut [u8]);
+
+    /// `a + b`
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a - b`
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b`
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a / b`
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `1 / a` within a relative error of 1e-4, for a normal `a` below 2^126.
+    fn recip_coarse(self, a: Self::F) -> Self::F;
+    /// `a * b + c`, rounded once where the tier fuses.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// The lesser; where `a` is NaN, `b`.
+    fn min(self, a: Self::F, b: Self::F) -> Self::F;
+    /// The greater; where `a` is NaN, `b`.
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    /// Magnitudes.
+    fn abs(self, a: Self::F) -> Self::F;
+    /// The nearest integer, ties to even, for magnitudes up to 2^22.
+    fn round(self, a: Self::F) -> Self::F;
+    /// `a * 2^n` for `a` in `[0.5, 2)` and an integer `n` where the result is a normal number.
+    fn mul_pow2(self, a: Self::F, n: Self::F) -> Self::F;
+    /// `a - floor(a)`, in `[0, 1]`; for a finite `a`.
+    fn fraction(self, a: Self::F) -> Self::F;
+    /// `a * 2^floor(n)` for `a` in `[1, 2.1)` and a finite `n` below 126; where `n < -126`, at most 2^-125.
+    fn mul_pow2_floor(self, a: Self::F, n: Self::F) -> Self::F;
+    /// Lane by lane `a < b ? x : y`.
+    fn select_lt(self, a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F;
+    /// Whether `a < b` in any lane.
+    fn any_lt(self, a: Self::F, b: Self::F) -> bool;
+    /// The sum of all lanes, in a fixed order.
+    fn sum(self, a: Self::F) -> f32;
+    /// The greatest lane.
+    fn max_lane(self, a: Self::F) -> f32;
+    /// Transposes `LANES` vectors: `rows[i][j]` becomes `rows[j][i]`.
+    fn transpose(self, rows: &mut [Self::F]);
+}
+
+/// The types that tensors have in memory.
+pub trait Element: Copy + Send + Sync + 'static {
+    /// Loads `S::LANES` elements.
+    fn load<S: Simd>(s: S, src: &[Self]) -> S::F;
+    /// Loads all of `src`, fewer than `S::LANES` elements.
+    fn load_partial<S: Simd>(s: S, src: &[Self]) -> S::F;
+    /// Stores `S::LANES` elements.
+    fn store<S: Simd>(s: S, v: S::F, dst: &mut [Self]);
+    /// Stores the first `dst.len() < S::LANES` lanes.
+    fn store_partial<S: Simd>(s: S, v: S::F, dst: &mut [Self]);
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn load<S: Simd>(s: S, src: &[f32]) -> S::F {
+        s.load(src)
+    }
+    #[inline(always)]
+    fn load_partial<S: Simd>(s: S, src: &[f32]) -> S::F {
+        s.load_partial(src)
+    }
+    #[inline(always)]
+    fn store<S: Simd>(s: S, v: S::F, dst: &mut [f32]) {
+        s.store(v, dst);
+    }
+    #[inline(always)]
+    fn store_partial<S: Simd>(s: S, v: S::F, dst: &mut [f32]) {
+        s.store_partial(v, dst);
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    fn load<S: Simd>(s: S, src: &[bf16]) -> S::F {
+        s.load_bf16(src)
+    }
+    #[inline(always)]
+    fn load_partial<S: Simd>(s: S, src: &[bf16]) -> S::F {
+        s.load_bf16_partial(src)
+    }
+    #[inline(always)]
+    fn store<S: Simd>(s: S, v: S::F, dst: &mut [bf16]) {
+        s.store_bf16(v, dst);
+    }
+    #[inline(always)]
+    fn store_partial<S: Simd>(s: S, v: S::F, dst: &mut [bf16]) {
+        s.store_bf16_partial(v, dst);
+    }
+}
+
+/// A computation written over [`Simd`]. `run` and what it calls should be `#[inline(always)]`.
+pub trait SimdOp {
+    /// What comes out.
+    type Output;
+    /// Runs on the tier of `s`.
+    fn run<S: Simd>(self, s: S) -> Self::Output;
+}
+
+/// Runs `op` compiled for the vectors of `isa`.
+///
+/// # Panics
+/// Where the machine does not have `isa`.
+pub fn dispatch<O: SimdOp>(isa: Isa, op: O) -> O::Output {
+    match isa {
+        Isa::Scalar => op.run(scalar::Scalar),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 | Isa::AvxVnni => x86::run_avx2(op),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Avx512Vnni | Isa::Amx => x86::run_avx512(op),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon | Isa::Dotprod | Isa::I8mm => neon::run_neon(op),
+        _ => panic!("{isa:?} is not a tier of this architecture"),
+    }
+}
+
+/// Lanes of the vectors that [`dispatch`] uses on `isa`.
+pub const fn lanes(isa: Isa) -> usize {
+    match isa {
+        Isa::Avx2 | Isa::AvxVnni => 8,
+        Isa::Avx512 | Isa::Avx512Vnni | Isa::Amx => 16,
+        _ => 4,
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// One tier for each kind of vector that this machine runs.
+    pub(crate) fn tiers() -> Vec<Isa> {
+        let mut tiers = vec![Isa::Scalar];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                tiers.push(Isa::Avx2);
+            }
+            if is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512dq")
+            {
+                tiers.push(Isa::Avx512);
+            }
+        }
+        #[cfg(target_arch = "aarch64")]
+        tiers.push(Isa::Neon);
+        tiers
+    }
+
+    struct Contract;
+
+    impl SimdOp for Contract {
+        type Output = ();
+        fn run<S: Simd>(self, s: S) {
+            let n = S::LANES;
+            let src: Vec<f32> = (0..n).map(|i| (i as f32 - 3.3) * 1.7).collect();
+            let get = |v: S::F| {
+                let mut out = vec![0.0; n];
+                s.store(v, &mut out);
+                out
+            };
+            let v = s.load(&src);
+            assert_eq!(get(v), src);
+            assert_eq!(
+                get(s.load_i32(&(0..n as i32).collect::<Vec<_>>())),
+                (0..n).map(|i| i as f32).collect::<Vec<_>>()
+            );
+            let each = |got: S::F, f: &dyn Fn(f32) -> f32| {
+                assert_eq!(get(got), src.iter().map(|&x| f(x)).collect::<Vec<_>>());
+            };
+            each(s.abs(v), &|x| x.abs());
+            each(s.round(v), &|x| x.round_ties_even());
+            each(s.min(v, s.splat(1.0)), &|x| x.min(1.0));
+            each(s.max(v, s.splat(1.0)), &|x| x.max(1.0));
+            each(s.div(v, s.splat(3.0)), &|x| x / 3.0);
+            each(s.sub(s.add(v, v), s.mul(v, v)), &|x| (x + x) - x * x);
+            each(s.select_lt(v, s.splat(1.0), s.splat(5.0), v), &|x| if x < 1.0 { 5.0 } else { x });
+            each(s.fraction(v), &|x| x - x.floor());
+            for e in [-126.0, -5.5, -0.1, 0.0, 7.9, 125.0] {
+                let want = vec![2.0625 * 2f32.powi(f32::floor(e) as i32); n];
+                assert_eq!(get(s.mul_pow2_floor(s.splat(2.0625), s.splat(e))), want);
+            }
+            for e in [-127.0, -1000.0, -1e9, -1e30] {
+                assert!(
+                    (0.0..=2f32.powi(-125)).contains(&get(s.mul_pow2_floor(s.splat(1.5), s.splat(e)))[0]),
+                    "{e}"
+                );
+            }
+            for x in [1.0, 1.3, 1.999, 77.7, 1e-30, 1e37] {
+                assert!((get(s.recip_coarse(s.splat(x)))[0] * x - 1.0).abs() < 1e-4, "1 / {x}");
+            }
+            assert!(s.any_lt(v, s.splat(src[0] + 0.1)) && !s.any_lt(v, s.splat(src[0])));
+            for e in [-126.0, -5.0, 0.0, 7.0, 127.0] {
+                assert_eq!(get(s.mul_pow2(s.splat(1.25), s.splat(e))), vec![1.25 * 2f32.powi(e as i32); n]);
+            }
+            assert_eq!(get(s.mul_pow2(s.splat(0.75), s.splat(128.0))), vec![0.75 * 2.0 * 2f32.powi(127); n]);
+            assert!((s.sum(v) - src.iter().sum::<f32>()).abs() < 1e-4);
+            assert_eq!(s.max_lane(v), src[n - 1]);
+            assert_eq!(s.max_lane(s.sub(s.splat(0.0), v)), -src[0]);
+            let mut pairs = vec![bf16::ZERO; 2 * n];
+            s.store_bf16_pairs(v, s.mul(v, v), &mut pairs);
+            let each_pair = src.iter().flat_map(|&x| [bf16::from_f32(x), bf16::from_f32(x * x)]);
+            assert_eq!(pairs, each_pair.collect::<Vec<_>>());
+            for len in 0..n {
+                let mut want = src[..len].to_vec();
+                want.resize(n, 0.0);
+                assert_eq!(get(s.load_partial(&src[..len])), want);
+                let mut out = vec![9.0; n];
+                s.store_partial(v, &mut out[..len]);
+                assert_eq!(out[..len], src[..len]);
+                assert!(out[len..].iter().all(|&x| x == 9.0));
+            }
+            let mut rows: Vec<S::F> =
+                (0..n).map(|i| s.load(&(0..n).map(|j| (i * n + j) as f32).collect::<Vec<_>>())).collect();
+            s.transpose(&mut rows);
+            for (j, &r) in rows.iter().enumerate() {
+                assert_eq!(get(r), (0..n).map(|i| (i * n + j) as f32).collect::<Vec<_>>());
+            }
+        }
+    }
+
+    #[test]
+    fn every_tier_keeps_the_contract() {
+        for isa in tiers() {
+            dispatch(isa, Contract);
+            struct Lanes;
+            impl SimdOp for Lanes {
+                type Output = usize;
+                fn run<S: Simd>(self, _: S) -> usize {
+                    S::LANES
+                }
+            }
+            assert_eq!(dispatch(isa, Lanes), lanes(isa));
+        }
+    }
+
+    struct Narrow<'a>(&'a [f32]);
+
+    impl SimdOp for Narrow<'_> {
+        type Output = ();
+        fn run<S: Simd>(self, s: S) {
+            let n = S::LANES;
+            for src in self.0.chunks(n) {
+                let len = src.len();
+                let v = if len == n { s.load(src) } else { s.load_partial(src) };
+                let half: Vec<bf16> = src.iter().map(|&x| bf16::from_f32(x)).collect();
+                let mut out = vec![bf16::ONE; len];
+                let mut codes = vec![7u8; len];
+                let mut wide = vec![1.0; len];
+                if len == n {
+                    s.store_bf16(v, &mut out);
+                    s.store_codes(v, &mut codes);
+                    s.store(s.load_bf16(&half), &mut wide);
+                } else {
+                    s.store_bf16_partial(v, &mut out);
+                    s.store_codes_partial(v, &mut codes);
+                    s.store_partial(s.load_bf16_partial(&half), &mut wide);
+                }
+                for i in 0..len {
+                    assert!(out[i] == half[i] || src[i].is_nan() && out[i].is_nan(), "{}", src[i]);
+                    assert!(wide[i] == half[i].to_f32() || src[i].is_nan() && wide[i].is_nan());
+                    let code = src[i].round_ties_even().clamp(-127.0, 127.0) as i32 + 128;
+                    assert!(
+                        src[i].is_nan() && codes[i] > 0 || i32::from(codes[i]) == code,
+                        "{} -> {}",
+                        src[i],
+                        codes[i]
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn narrow_types_round_to_nearest_even() {
+        let mut src = vec![
+            0.0,
+            -0.0,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            f32::NAN,
+            f32::MAX,
+            1e-40,
+            0.5,
+            1.5,
+            2.5,
+            126.5,
+            -126.5,
+        ];
+        src.extend([127.49, 127.5, -127.5, -128.0, 1e9, -1e9, 4e9, -4e9]);
+        src.extend((0..4000u32).map(|i| f32::from_bits(0x3f80_0000 + i * 0x1357)));
+        src.extend((0..4001u32).map(|i| (i as f32 - 2000.0) * 0.0678));
+        for isa in tiers() {
+            dispatch(isa, Narrow(&src));
+        }
+    }
+}

@@ -1,0 +1,505 @@
+//! Eight lanes of AVX2 + FMA, sixteen of AVX-512.
+
+use std::arch::x86_64::*;
+
+use super::{Simd, SimdOp};
+use crate::bf16;
+
+/// Eight lanes. A value proves AVX2 and FMA.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Avx2(());
+
+/// Sixteen lanes. A value proves AVX-512 F, BW, VL, DQ and AVX2, FMA.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Avx512(());
+
+/// Runs `op` on AVX2.
+pub(super) fn run_avx2<O: SimdOp>(op: O) -> O::Output {
+    #[target_feature(enable = "avx2,fma")]
+    fn enter<O: SimdOp>(op: O) -> O::Output {
+        op.run(Avx2(()))
+    }
+    assert!(is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"), "no AVX2 here");
+    // SAFETY: both features were found.
+    unsafe { enter(op) }
+}
+
+/// Runs `op` on AVX-512.
+pub(super) fn run_avx512<O: SimdOp>(op: O) -> O::Output {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+    fn enter<O: SimdOp>(op: O) -> O::Output {
+        op.run(Avx512(()))
+    }
+    let found = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("fma");
+    assert!(found, "no AVX-512 here");
+    // SAFETY: the features were found; AVX2 is part of AVX-512.
+    unsafe { enter(op) }
+}
+
+#[inline(always)]
+fn prefetch<T>(src: &[T], ahead: usize) {
+    // SAFETY: a prefetch has no effect but on caches, whatever the address.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(src.as_ptr().cast::<i8>().wrapping_add(ahead)) }
+}
+
+/// An expression of intrinsics of the tier whose token is `self`.
+macro_rules! tier {
+    ($e:expr) => {{
+        // SAFETY: a token exists only where the tier's features were found; pointers come from slices whose length was
+        // checked before, or are masked to it.
+        unsafe { $e }
+    }};
+}
+
+/// Eight lanes of ones and eight of zeros: a window of eight that starts at `8 - len` enables the first `len`.
+static MASK8: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
+
+impl Avx2 {
+    #[inline(always)]
+    fn mask(self, len: usize) -> __m256i {
+        assert!(len <= 8);
+        tier!(_mm256_loadu_si256(MASK8.as_ptr().add(8 - len).cast()))
+    }
+
+    /// bf16 in the low halves of eight 32-bit lanes.
+    #[inline(always)]
+    fn round_bf16(self, v: __m256) -> __m256i {
+        tier!({
+            let bits = _mm256_castps_si256(v);
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
+            let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+            _mm256_srli_epi32::<16>(_mm256_blendv_epi8(up, quiet, nan))
+        })
+    }
+
+    #[inline(always)]
+    fn narrow_bf16(self, v: __m256) -> __m128i {
+        let r = self.round_bf16(v);
+        tier!(_mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256::<1>(r)))
+    }
+
+    /// Eight codes in the low eight bytes.
+    #[inline(always)]
+    fn codes(self, v: __m256) -> __m128i {
+        tier!({
+            let v = _mm256_min_ps(_mm256_max_ps(v, _mm256_set1_ps(-127.0)), _mm256_set1_ps(127.0));
+            let i = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(128));
+            let words = _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256::<1>(i));
+            _mm_packus_epi16(words, words)
+        })
+    }
+}
+
+impl Simd for Avx2 {
+    const LANES: usize = 8;
+    const REGISTERS: usize = 16;
+    type F = __m256;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m256 {
+        tier!(_mm256_set1_ps(x))
+    }
+    #[inline(always)]
+    fn load(self, src: &[f32]) -> __m256 {
+        let src = &src[..8];
+        tier!(_mm256_loadu_ps(src.as_ptr()))
+    }
+    #[inline(always)]
+    fn load_partial(self, src: &[f32]) -> __m256 {
+        let mask = self.mask(src.len());
+        tier!(_mm256_maskload_ps(src.as_ptr(), mask))
+    }
+    #[inline(always)]
+    fn load_i32(self, src: &[i32]) -> __m256 {
+        let src = &src[..8];
+        tier!(_mm256_cvtepi32_ps(_mm256_loadu_si256(src.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn load_bf16(self, src: &[bf16]) -> __m256 {
+        let src = &src[..8];
+        tier!({
+            let words = _mm256_cvtepu16_epi32(_mm_loadu_si128(src.as_ptr().cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words))
+        })
+    }
+    #[inline(always)]
+    fn load_bf16_partial(self, src: &[bf16]) -> __m256 {
+        let mut all = [bf16::ZERO; 8];
+        all[..src.len()].copy_from_slice(src);
+        self.load_bf16(&all)
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, src: &[T], ahead: usize) {
+        prefetch(src, ahead);
+    }
+    #[inline(always)]
+    fn store(self, v: __m256, dst: &mut [f32]) {
+        let dst = &mut dst[..8];
+        tier!(_mm256_storeu_ps(dst.as_mut_ptr(), v))
+    }
+    #[inline(always)]
+    fn store_partial(self, v: __m256, dst: &mut [f32]) {
+        let mask = self.mask(dst.len());
+        tier!(_mm256_maskstore_ps(dst.as_mut_ptr(), mask, v))
+    }
+    #[inline(always)]
+    fn store_bf16(self, v: __m256, dst: &mut [bf16]) {
+        let dst = &mut dst[..8];
+        let half = self.narrow_bf16(v);
+        tier!(_mm_storeu_si128(dst.as_mut_ptr().cast(), half))
+    }
+    #[inline(always)]
+    fn store_bf16_partial(self, v: __m256, dst: &mut [bf16]) {
+        let mut all = [bf16::ZERO; 8];
+        self.store_bf16(v, &mut all);
+        let len = dst.len();
+        dst.copy_from_slice(&all[..len]);
+    }
+    #[inline(always)]
+    fn store_bf16_pairs(self, a: __m256, b: __m256, dst: &mut [bf16]) {
+        let dst = &mut dst[..16];
+        tier!({
+            let half = _mm256_set1_epi32(0x8000);
+            let low = _mm256_srli_epi32::<16>(_mm256_add_epi32(_mm256_castps_si256(a), half));
+            let high = _mm256_add_epi32(_mm256_castps_si256(b), half);
+            _mm256_storeu_si256(dst.as_mut_ptr().cast(), _mm256_blend_epi16::<0xaa>(low, high))
+        })
+    }
+    #[inline(always)]
+    fn store_codes(self, v: __m256, dst: &mut [u8]) {
+        let dst = &mut dst[..8];
+        let codes = self.codes(v);
+        tier!(_mm_storel_epi64(dst.as_mut_ptr().cast(), codes))
+    }
+    #[inline(always)]
+    fn store_codes_partial(self, v: __m256, dst: &mut [u8]) {
+        let mut all = [0; 8];
+        self.store_codes(v, &mut all);
+        let len = dst.len();
+        dst.copy_from_slice(&all[..len]);
+    }
+    #[inline(always)]
+    fn add(self, a: __m256, b: __m256) -> __m256 {
+        tier!(_mm256_add_ps(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: __m256, b: __m256) -> __m256 {
+        tier!(_mm256_sub_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: __m256, b: __m256) -> __m256 {
+        tier!(_mm256_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn div(self, a: __m256, b: __m256) -> __m256 {
+        tier!(_mm256_div_ps(a, b))
+    }
+    #[inline(always)]
+    fn recip_coarse(self, a: __m256) -> __m256 {
+        tier!({
+            let r = _mm256_rcp_ps(a);
+            _mm256_mul_ps(r, _mm256_fnmadd_ps(a, r, _mm256_set1_ps(2.0)))
+        })
+    }
+    #[inline(always)]
+    fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        tier!(_mm256_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn min(self, a: __m256, b: __m256) -> __m256 {
+        tier!(_mm256_min_ps(a, b))
+    }
+    #[inline(always)]
+    fn max(self, a: __m256, b: __m256) -> __m256 {
+        tier!(_mm256_max_ps(a, b))
+    }
+    #[inline(always)]
+    fn abs(self, a: __m256) -> __m256 {
+        tier!(_mm256_andnot_ps(_mm256_set1_ps(-0.0), a))
+    }
+    #[inline(always)]
+    fn round(self, a: __m256) -> __m256 {
+        tier!(_mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a))
+    }
+    #[inline(always)]
+    fn mul_pow2(self, a: __m256, n: __m256) -> __m256 {
+        tier!({
+            let exponent = _mm256_slli_epi32::<23>(_mm256_cvtps_epi32(n));
+            _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), exponent))
+        })
+    }
+    #[inline(always)]
+    fn fraction(self, a: __m256) -> __m256 {
+        tier!(_mm256_sub_ps(a, _mm256_floor_ps(a)))
+    }
+    #[inline(always)]
+    fn mul_pow2_floor(self, a: __m256, n: __m256) -> __m256 {
+        tier!(self.mul_pow2(a, _mm256_max_ps(_mm256_floor_ps(n), _mm256_set1_ps(-126.0))))
+    }
+    #[inline(always)]
+    fn select_lt(self, a: __m256, b: __m256, x: __m256, y: __m256) -> __m256 {
+        tier!(_mm256_blendv_ps(y, x, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b)))
+    }
+    #[inline(always)]
+    fn any_lt(self, a: __m256, b: __m256) -> bool {
+        tier!(_mm256_movemask_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(a, b)) != 0)
+    }
+    #[inline(always)]
+    fn sum(self, a: __m256) -> f32 {
+        tier!({
+            let a = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+            _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)))
+        })
+    }
+    #[inline(always)]
+    fn max_lane(self, a: __m256) -> f32 {
+        tier!({
+            let a = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+            _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)))
+        })
+    }
+    #[inline(always)]
+    fn transpose(self, rows: &mut [__m256]) {
+        let r: &mut [__m256; 8] = rows.first_chunk_mut().expect("a square of lanes");
+        tier!({
+            let mut t = [_mm256_setzero_ps(); 8];
+            for i in 0..4 {
+                t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+                t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+            }
+            let mut u = [_mm256_setzero_ps(); 8];
+            for h in 0..2 {
+                let (a, b, c, d) = (t[4 * h], t[4 * h + 1], t[4 * h + 2], t[4 * h + 3]);
+                u[4 * h] = _mm256_shuffle_ps::<0x44>(a, c);
+                u[4 * h + 1] = _mm256_shuffle_ps::<0xee>(a, c);
+                u[4 * h + 2] = _mm256_shuffle_ps::<0x44>(b, d);
+                u[4 * h + 3] = _mm256_shuffle_ps::<0xee>(b, d);
+            }
+            for i in 0..4 {
+                r[i] = _mm256_permute2f128_ps::<0x20>(u[i], u[i + 4]);
+                r[i + 4] = _mm256_permute2f128_ps::<0x31>(u[i], u[i + 4]);
+            }
+        })
+    }
+}
+
+impl Avx512 {
+    #[inline(always)]
+    fn mask(self, len: usize) -> __mmask16 {
+        assert!(len <= 16);
+        ((1u32 << len) - 1) as __mmask16
+    }
+
+    #[inline(always)]
+    fn narrow_bf16(self, v: __m512) -> __m256i {
+        tier!({
+            let bits = _mm512_castps_si512(v);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+            let r = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x40_0000));
+            _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(r))
+        })
+    }
+
+    #[inline(always)]
+    fn codes(self, v: __m512) -> __m128i {
+        tier!({
+            let signed = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_min_ps(v, _mm512_set1_ps(127.0))));
+            _mm_xor_si128(_mm_max_epi8(signed, _mm_set1_epi8(-127)), _mm_set1_epi8(-128))
+        })
+    }
+}
+
+impl Simd for Avx512 {
+    const LANES: usize = 16;
+    const REGISTERS: usize = 32;
+    type F = __m512;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        tier!(_mm512_set1_ps(x))
+    }
+    #[inline(always)]
+    fn load(self, src: &[f32]) -> __m512 {
+        let src = &src[..16];
+        tier!(_mm512_loadu_ps(src.as_ptr()))
+    }
+    #[inline(always)]
+    fn load_partial(self, src: &[f32]) -> __m512 {
+        let mask = self.mask(src.len());
+        tier!(_mm512_maskz_loadu_ps(mask, src.as_ptr()))
+    }
+    #[inline(always)]
+    fn load_i32(self, src: &[i32]) -> __m512 {
+        let src = &src[..16];
+        tier!(_mm512_cvtepi32_ps(_mm512_loadu_si512(src.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn load_bf16(self, src: &[bf16]) -> __m512 {
+        let src = &src[..16];
+        tier!({
+            let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(src.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
+        })
+    }
+    #[inline(always)]
+    fn load_bf16_partial(self, src: &[bf16]) -> __m512 {
+        let mask = self.mask(src.len());
+        tier!({
+            let words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, src.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
+        })
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, src: &[T], ahead: usize) {
+        prefetch(src, ahead);
+    }
+    #[inline(always)]
+    fn store(self, v: __m512, dst: &mut [f32]) {
+        let dst = &mut dst[..16];
+        tier!(_mm512_storeu_ps(dst.as_mut_ptr(), v))
+    }
+    #[inline(always)]
+    fn store_partial(self, v: __m512, dst: &mut [f32]) {
+        let mask = self.mask(dst.len());
+        tier!(_mm512_mask_storeu_ps(dst.as_mut_ptr(), mask, v))
+    }
+    #[inline(always)]
+    fn store_bf16(self, v: __m512, dst: &mut [bf16]) {
+        let dst = &mut dst[..16];
+        let half = self.narrow_bf16(v);
+        tier!(_mm256_storeu_si256(dst.as_mut_ptr().cast(), half))
+    }
+    #[inline(always)]
+    fn store_bf16_partial(self, v: __m512, dst: &mut [bf16]) {
+        let (mask, half) = (self.mask(dst.len()), self.narrow_bf16(v));
+        tier!(_mm256_mask_storeu_epi16(dst.as_mut_ptr().cast(), mask, half))
+    }
+    #[inline(always)]
+    fn store_bf16_pairs(self, a: __m512, b: __m512, dst: &mut [bf16]) {
+        let dst = &mut dst[..32];
+        tier!({
+            let half = _mm512_set1_epi32(0x8000);
+            let low = _mm512_srli_epi32::<16>(_mm512_add_epi32(_mm512_castps_si512(a), half));
+            let high = _mm512_add_epi32(_mm512_castps_si512(b), half);
+            _mm512_storeu_si512(dst.as_mut_ptr().cast(), _mm512_mask_blend_epi16(0xaaaa_aaaa, low, high))
+        })
+    }
+    #[inline(always)]
+    fn store_codes(self, v: __m512, dst: &mut [u8]) {
+        let dst = &mut dst[..16];
+        let codes = self.codes(v);
+        tier!(_mm_storeu_si128(dst.as_mut_ptr().cast(), codes))
+    }
+    #[inline(always)]
+    fn store_codes_partial(self, v: __m512, dst: &mut [u8]) {
+        let (mask, codes) = (self.mask(dst.len()), self.codes(v));
+        tier!(_mm_mask_storeu_epi8(dst.as_mut_ptr().cast(), mask, codes))
+    }
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        tier!(_mm512_add_ps(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        tier!(_mm512_sub_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        tier!(_mm512_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        tier!(_mm512_div_ps(a, b))
+    }
+    #[inline(always)]
+    fn recip_coarse(self, a: __m512) -> __m512 {
+        tier!(_mm512_rcp14_ps(a))
+    }
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        tier!(_mm512_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        tier!(_mm512_min_ps(a, b))
+    }
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        tier!(_mm512_max_ps(a, b))
+    }
+    #[inline(always)]
+    fn abs(self, a: __m512) -> __m512 {
+        tier!(_mm512_abs_ps(a))
+    }
+    #[inline(always)]
+    fn round(self, a: __m512) -> __m512 {
+        tier!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a))
+    }
+    #[inline(always)]
+    fn mul_pow2(self, a: __m512, n: __m512) -> __m512 {
+        tier!(_mm512_scalef_ps(a, n))
+    }
+    #[inline(always)]
+    fn fraction(self, a: __m512) -> __m512 {
+        tier!(_mm512_reduce_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(a))
+    }
+    #[inline(always)]
+    fn mul_pow2_floor(self, a: __m512, n: __m512) -> __m512 {
+        tier!(_mm512_scalef_ps(a, n))
+    }
+    #[inline(always)]
+    fn select_lt(self, a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
+        tier!(_mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y, x))
+    }
+    #[inline(always)]
+    fn any_lt(self, a: __m512, b: __m512) -> bool {
+        tier!(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b) != 0)
+    }
+    #[inline(always)]
+    fn sum(self, a: __m512) -> f32 {
+        tier!(_mm512_reduce_add_ps(a))
+    }
+    #[inline(always)]
+    fn max_lane(self, a: __m512) -> f32 {
+        tier!(_mm512_reduce_max_ps(a))
+    }
+    #[inline(always)]
+    fn transpose(self, rows: &mut [__m512]) {
+        let r: &mut [__m512; 16] = rows.first_chunk_mut().expect("a square of lanes");
+        tier!({
+            let mut t = [_mm512_setzero_ps(); 16];
+            for i in 0..8 {
+                t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+                t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+            }
+            // u[4q + j] holds, in its 128-bit part p, the elements 4p + j of rows 4q to 4q + 3.
+            let mut u = [_mm512_setzero_ps(); 16];
+            for q in 0..4 {
+                let (a, b, c, d) = (t[4 * q], t[4 * q + 1], t[4 * q + 2], t[4 * q + 3]);
+                u[4 * q] = _mm512_shuffle_ps::<0x44>(a, c);
+                u[4 * q + 1] = _mm512_shuffle_ps::<0xee>(a, c);
+                u[4 * q + 2] = _mm512_shuffle_ps::<0x44>(b, d);
+                u[4 * q + 3] = _mm512_shuffle_ps::<0xee>(b, d);
+            }
+            for j in 0..4 {
+                let (a, b, c, d) = (u[j], u[4 + j], u[8 + j], u[12 + j]);
+                let (lo, hi) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d));
+                r[j] = _mm512_shuffle_f32x4::<0x88>(lo, hi);
+                r[8 + j] = _mm512_shuffle_f32x4::<0xdd>(lo, hi);
+                let (lo, hi) = (_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(c, d));
+                r[4 + j] = _mm512_shuffle_f32x4::<0x88>(lo, hi);
+                r[12 + j] = _mm512_shuffle_f32x4::<0xdd>(lo, hi);
+            }
+        })
+    }
+}
