@@ -25,6 +25,8 @@ pub struct Sdfast {
 pub enum Command {
     /// Make a picture.
     Gen(Box<Gen>),
+    /// Show what a run will hold in memory, before it begins.
+    Plan(Box<Plan>),
     /// Show the settings inside a picture, or what a model is.
     Info(Info),
     /// List the kernels, the instruction sets of this machine, and which is used.
@@ -79,6 +81,41 @@ pub struct Gen {
     /// Write the final latents (safetensors).
     #[arg(long, value_name = "FILE")]
     pub latents_out: Option<PathBuf>,
+    /// How the machine is used.
+    #[command(flatten)]
+    pub machine: Machine,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+    /// How much is said.
+    #[command(flatten)]
+    pub voice: Voice,
+}
+
+/// `sdfast plan`
+#[derive(Debug, Args)]
+pub struct Plan {
+    /// Model; without it, the small one that is part of the program.
+    #[arg(short, long, value_name = "MODEL.sdq", conflicts_with_all = ["family", "quant"])]
+    pub model: Option<PathBuf>,
+    /// A published model, planned without its file: sd15, sd2, sdxl, ...
+    #[arg(long, value_name = "NAME")]
+    pub family: Option<String>,
+    /// How the model of --family is packed.
+    #[arg(long, value_name = "BITS", default_value = "q8")]
+    pub quant: QuantArg,
+    /// Width in pixels [default: the model's].
+    #[arg(short = 'W', long, value_name = "PX")]
+    pub width: Option<usize>,
+    /// Height in pixels [default: the model's].
+    #[arg(short = 'H', long, value_name = "PX")]
+    pub height: Option<usize>,
+    /// Guidance; 1 is none [default: the model's].
+    #[arg(long, value_name = "X")]
+    pub cfg: Option<f32>,
+    /// Draw the arena of the neediest network over time.
+    #[arg(long, value_name = "FILE.svg")]
+    pub svg: Option<PathBuf>,
     /// How the machine is used.
     #[command(flatten)]
     pub machine: Machine,

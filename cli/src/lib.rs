@@ -17,6 +17,7 @@ mod model;
 mod output;
 mod parameters;
 mod picture;
+mod plan;
 mod progress;
 mod report;
 mod size;
@@ -50,6 +51,7 @@ pub fn run<A: Parser>(work: fn(A) -> Result<()>) -> ExitCode {
 pub fn sdfast(arguments: Sdfast) -> Result<()> {
     match arguments.command {
         Command::Gen(arguments) => generate::run(&arguments),
+        Command::Plan(arguments) => plan::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),
         Command::Kernels => list_kernels::run(),
     }

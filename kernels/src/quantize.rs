@@ -37,7 +37,7 @@ pub fn encode(encoding: Encoding, shape: WeightShape, src: &[f32], out: &mut [u8
             Encoding::Q4 => encode_q4(shape, &padded, &mut codes, n, header, tiles),
             Encoding::F16 => halves(&padded, n, tiles, |x, out: &mut [f16]| out.convert_from_f32_slice(x)),
             Encoding::Bf16 => halves(&padded, n, tiles, |x, out: &mut [bf16]| out.convert_from_f32_slice(x)),
-            Encoding::F32 => scatter::<8>(bytemuck::cast_slice(&padded), n, tiles),
+            Encoding::F32 => scatter::<4>(bytemuck::cast_slice(&padded), n, tiles),
         }
     }
 }
@@ -47,9 +47,14 @@ pub(crate) const fn q8_at(k: usize, n: usize) -> usize {
     (k / 4 * TILE_N + n) * 4 + k % 4
 }
 
-/// Element of weight `k` (padded, over all taps) of output `n` among the elements of a float panel.
-pub(crate) const fn float_at(k: usize, n: usize) -> usize {
+/// Element of weight `k` (padded, over all taps) of output `n` among the elements of a 16-bit float panel.
+pub(crate) const fn half_at(k: usize, n: usize) -> usize {
     (k / 2 * TILE_N + n) * 2 + k % 2
+}
+
+/// Element of weight `k` (padded, over all taps) of output `n` among the elements of an f32 panel.
+pub(crate) const fn f32_at(k: usize, n: usize) -> usize {
+    k * TILE_N + n
 }
 
 /// Byte of weight `k` of output `n` among the codes of a [`Encoding::Q4`] panel, and how far its code is shifted.
@@ -197,7 +202,7 @@ pub fn decode_codes(weight: Weight<'_>) -> Vec<i8> {
 pub fn decode(encoding: Encoding, shape: WeightShape, bytes: &[u8]) -> Vec<f32> {
     let weight = Weight::new(encoding, shape, bytes);
     let half = |n: usize, k: usize| {
-        let at = 2 * float_at(k, n % TILE_N);
+        let at = 2 * half_at(k, n % TILE_N);
         let tiles = weight.panel(n / TILE_N).tiles;
         u16::from_le_bytes([tiles[at], tiles[at + 1]])
     };
@@ -211,7 +216,7 @@ pub fn decode(encoding: Encoding, shape: WeightShape, bytes: &[u8]) -> Vec<f32> 
         Encoding::F16 => gather(shape, |n, k| f16::from_bits(half(n, k)).to_f32()),
         Encoding::Bf16 => gather(shape, |n, k| bf16::from_bits(half(n, k)).to_f32()),
         Encoding::F32 => gather(shape, |n, k| {
-            let at = 4 * float_at(k, n % TILE_N);
+            let at = 4 * f32_at(k, n % TILE_N);
             let bytes = &weight.panel(n / TILE_N).tiles[at..at + 4];
             f32::from_le_bytes(bytes.try_into().expect("four bytes"))
         }),
