@@ -103,32 +103,36 @@ impl Evidence<'_> {
         })
     }
 
-    /// How many of `name(0)`, `name(1)`, ... are there.
-    fn count(&self, name: impl Fn(usize) -> String) -> usize {
-        (0..MANY).take_while(|&i| self.has(&name(i))).count()
+    /// How many of `PREFIX.0.`, `PREFIX.1.`, ... have tensors.
+    fn count(&self, prefix: &str) -> usize {
+        let any = |start: String| {
+            let next = self.tensors.range(start.clone()..).next();
+            next.is_some_and(|(name, _)| name.starts_with(&start))
+        };
+        (0..MANY).take_while(|i| any(format!("{prefix}.{i}."))).count()
     }
 
     /// For each residual block of a UNet's block, how many transformer layers follow it.
     fn layers(&self, block: &str) -> Vec<usize> {
-        let resnets = self.count(|j| format!("{block}.resnets.{j}.conv1.weight"));
+        let resnets = self.count(&format!("{block}.resnets"));
         (0..resnets).map(|j| self.depth(&format!("{block}.attentions.{j}"))).collect()
     }
 
     fn depth(&self, attention: &str) -> usize {
-        self.count(|k| format!("{attention}.transformer_blocks.{k}.attn1.to_q.weight"))
+        self.count(&format!("{attention}.transformer_blocks"))
     }
 
     fn unet(&self) -> Result<UnetConfig, Error> {
         let config = self.configs.get("unet");
         self.demand("UNet", config, &UNET_MUST)?;
-        let levels = self.count(|i| format!("unet.down_blocks.{i}.resnets.0.conv1.weight"));
+        let levels = self.count("unet.down_blocks");
         let widths: Result<Vec<usize>, Error> = (0..levels)
             .map(|i| self.dim(&format!("unet.down_blocks.{i}.resnets.0.conv1.weight"), 0))
             .collect();
         let context =
             self.tensors.keys().find(|n| n.starts_with("unet.") && n.ends_with(".attn2.to_k.weight"));
         let context = context.ok_or_else(|| self.unsupported("its UNet takes no text"))?;
-        let mid = self.has("unet.mid_block.resnets.0.conv1.weight");
+        let mid = self.count("unet.mid_block.resnets") > 0;
         let embed_dim = number(config, "addition_time_embed_dim").unwrap_or(256);
         let addition = self.shape("unet.add_embedding.linear_1.weight");
         Ok(UnetConfig {
@@ -242,7 +246,7 @@ impl Evidence<'_> {
         let table = format!("{part}.text_model.embeddings.token_embedding.weight");
         let hidden_size = self.dim(&table, 1)?;
         let first = format!("{part}.text_model.encoder.layers.0.mlp.fc1.weight");
-        let mut layers = self.count(|i| format!("{part}.text_model.encoder.layers.{i}.mlp.fc1.weight"));
+        let mut layers = self.count(&format!("{part}.text_model.encoder.layers"));
         let openai = family == Family::Sd15 || (family == Family::Sdxl && index == 0);
         let hidden_act = match config.and_then(|c| c.get("hidden_act")).and_then(Value::as_str) {
             Some("quick_gelu") => ClipActivation::QuickGelu,
@@ -295,7 +299,7 @@ impl Evidence<'_> {
             None => self.configs.get("vae"),
         };
         self.demand("VAE", config, &VAE_MUST)?;
-        let levels = self.count(|i| format!("vae.encoder.down_blocks.{i}.resnets.0.conv1.weight"));
+        let levels = self.count("vae.encoder.down_blocks");
         let widths: Result<Vec<usize>, Error> = (0..levels)
             .map(|i| self.dim(&format!("vae.encoder.down_blocks.{i}.resnets.0.conv1.weight"), 0))
             .collect();
@@ -314,7 +318,7 @@ impl Evidence<'_> {
             out_channels: self.dim("vae.decoder.conv_out.weight", 0)?,
             latent_channels: self.dim(latents, 1)?,
             block_out_channels: widths?,
-            layers_per_block: self.count(|j| format!("vae.encoder.down_blocks.0.resnets.{j}.conv1.weight")),
+            layers_per_block: self.count("vae.encoder.down_blocks.0.resnets"),
             norm_num_groups: number(config, "norm_num_groups").unwrap_or(32),
             scaling_factor: scale.unwrap_or(usual) as f32,
             shift_factor: config.and_then(|c| c.get("shift_factor")?.as_f64()).unwrap_or(0.0) as f32,

@@ -191,3 +191,47 @@ fn q6_k(block: &[u8], out: &mut [f32]) {
         *v = d * f32::from(scales[i / 16] as i8) * (f32::from(four | two << 4) - 32.0);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two blocks of every type with known bytes; the sums, plain and weighted by place, are those of ggml's own `gguf`
+    /// package (0.19, `gguf.quants.dequantize`).
+    #[test]
+    fn the_values_of_ggml() {
+        for (block, halves, sum, weighted) in [
+            (Block::Q4_0, &[0][..], 2.75, -152.5),
+            (Block::Q4_1, &[0, 2], 221.75, 8016.0),
+            (Block::Q5_0, &[0], -24.0, -863.25),
+            (Block::Q5_1, &[0, 2], 421.75, 15685.0),
+            (Block::Q8_0, &[0], -67.5, -2319.25),
+            (Block::Q2K, &[80, 82], -784.25, -280_974.25),
+            (Block::Q3K, &[108], -30.25, 83_298.75),
+            (Block::Q4K, &[0, 2], 29529.0, 7_895_823.0),
+            (Block::Q5K, &[0, 2], 87091.0, 23_626_458.25),
+            (Block::Q6K, &[208], -15043.25, -6_773_249.25),
+            (Block::Iq4Nl, &[0], 87.75, -23.75),
+        ] {
+            let mut state = 12345u32;
+            let mut bytes: Vec<u8> = (0..2 * block.bytes())
+                .map(|_| {
+                    state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    (state >> 24) as u8
+                })
+                .collect();
+            for (i, bytes) in bytes.chunks_exact_mut(block.bytes()).enumerate() {
+                for (h, &at) in halves.iter().enumerate() {
+                    let value = f16::from_f32(0.25 * ((h + 1) * (i + 1)) as f32);
+                    bytes[at..at + 2].copy_from_slice(&value.to_le_bytes());
+                }
+            }
+            let mut out = vec![f32::NAN; 2 * block.len()];
+            block.to_f32(&bytes, &mut out);
+            let found: f64 = out.iter().map(|&v| f64::from(v)).sum();
+            assert_eq!(found, sum, "{}", block.name());
+            let found: f64 = (1..).zip(&out).map(|(i, &v)| f64::from(i) * f64::from(v)).sum();
+            assert_eq!(found, weighted, "{}", block.name());
+        }
+    }
+}

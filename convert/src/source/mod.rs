@@ -99,7 +99,7 @@ impl Source {
         let (what, tensors) = match magic.as_slice() {
             [b'P', b'K', 3, 4, ..] => ("pickle in a zip", torch::read_zip(&open)?),
             [b'G', b'G', b'U', b'F', ..] => ("GGUF file", gguf::read(&open)?),
-            [0x80, 2 | 3 | 4 | 5, 0x8A, 0x0A, 0x6C, 0xFC, ..] => ("pickle", torch::read_legacy(&open)?),
+            [0x80, 2..=5, 0x8A, 0x0A, 0x6C, 0xFC, ..] => ("pickle", torch::read_legacy(&open)?),
             [_, _, _, _, _, 0, 0, 0, b'{', ..] => ("safetensors file", safetensors::read(&open)?),
             _ => return Err(Error::NotACheckpoint { path: path.to_owned(), why: describe(&magic, path) }),
         };
