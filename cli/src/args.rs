@@ -29,6 +29,9 @@ pub enum Command {
     Plan(Box<Plan>),
     /// Show the settings inside a picture, or what a model is.
     Info(Info),
+    /// Measure the speed of this machine.
+    #[command(subcommand)]
+    Bench(Bench),
     /// List the kernels, the instruction sets of this machine, and which is used.
     Kernels,
 }
@@ -160,6 +163,51 @@ pub struct Voice {
 pub struct Info {
     /// A picture (.png) or a model (.sdq).
     pub file: PathBuf,
+}
+
+/// `sdfast bench`
+#[derive(Debug, Subcommand)]
+pub enum Bench {
+    /// Make a picture with a model, or with made-up weights of a family's size.
+    Model(Box<BenchModel>),
+}
+
+/// `sdfast bench model`
+#[derive(Debug, Args)]
+pub struct BenchModel {
+    /// Model; without it and without --family, the small one that is part of the program.
+    #[arg(short, long, value_name = "MODEL.sdq", conflicts_with = "family")]
+    pub model: Option<PathBuf>,
+    /// Make up a model of this kind: sd15, sd2, sdxl, ...
+    #[arg(long, value_name = "NAME")]
+    pub family: Option<String>,
+    /// How far the made-up weights are quantized.
+    #[arg(long, value_name = "BITS", default_value = "q8", requires = "family")]
+    pub quant: QuantArg,
+    /// Remove the made-up model afterwards.
+    #[arg(long, requires = "family")]
+    pub no_keep: bool,
+    /// Width in pixels [default: the model's].
+    #[arg(short = 'W', long, value_name = "PX")]
+    pub width: Option<usize>,
+    /// Height in pixels [default: the model's].
+    #[arg(short = 'H', long, value_name = "PX")]
+    pub height: Option<usize>,
+    /// Sampler steps.
+    #[arg(long, value_name = "N", default_value = "3")]
+    pub steps: usize,
+    /// Guidance; 1 measures one network pass a step [default: the model's].
+    #[arg(long, value_name = "X")]
+    pub cfg: Option<f32>,
+    /// How the machine is used.
+    #[command(flatten)]
+    pub machine: Machine,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+    /// How much is said.
+    #[command(flatten)]
+    pub voice: Voice,
 }
 
 /// Pack a Stable Diffusion checkpoint into one .sdq file.

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+mod bench_model;
 mod convert_checkpoint;
 mod demo;
 mod failure;
@@ -27,7 +28,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use args::{Command, ConvertCommand, Sdconv, Sdfast};
+use args::{Bench, Command, ConvertCommand, Sdconv, Sdfast};
 use failure::Result;
 
 /// Runs `work` with the program's arguments: exit code 0 when it is done, 1 when the request can't be met, 2 for a fault of
@@ -52,6 +53,7 @@ pub fn sdfast(arguments: Sdfast) -> Result<()> {
     match arguments.command {
         Command::Gen(arguments) => generate::run(&arguments),
         Command::Plan(arguments) => plan::run(&arguments),
+        Command::Bench(Bench::Model(arguments)) => bench_model::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),
         Command::Kernels => list_kernels::run(),
     }

@@ -55,10 +55,16 @@ impl Generated {
         }
     }
 
-    /// Adds a picture: times add up, memory is the most that any of them took.
+    /// Adds a picture.
     pub(crate) fn add(&mut self, image: Image, timings: &Timings, memory: &Memory) {
+        self.add_unseen(timings, memory);
+        self.images.push(image);
+    }
+
+    /// Adds what a picture took: times add up, memory is the most that any of them took.
+    pub(crate) fn add_unseen(&mut self, timings: &Timings, memory: &Memory) {
         let sum = &mut self.timings;
-        if self.images.is_empty() {
+        if sum.steps_s.is_empty() {
             sum.open_s = timings.open_s;
             sum.total_s = timings.open_s;
         }
@@ -67,9 +73,8 @@ impl Generated {
         sum.vae_s += timings.vae_s;
         sum.total_s += timings.total_s - timings.open_s;
         if memory.predicted_peak_bytes >= self.memory.predicted_peak_bytes {
-            self.memory = Memory { ..memory.clone() };
+            self.memory = memory.clone();
         }
-        self.images.push(image);
     }
 }
 

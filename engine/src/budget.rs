@@ -188,7 +188,8 @@ fn fit(
     room: u64,
 ) -> Result<std::result::Result<PartPlan, u64>> {
     let mut smallest = u64::MAX;
-    // Values are only made again where not even one pass at a time fits.
+    // Values are only made again in the VAE: pictures are what is too large to be kept.
+    let picture = matches!(part, Part::VaeDecoder | Part::VaeEncoder);
     for remake in [false, true] {
         for (network, banks) in networks {
             let encodings = encodings(network.weights())?;
@@ -197,8 +198,8 @@ fn fit(
             let arena_room = room.saturating_sub(window);
             let plan = match plan.arena_bytes(*banks) as u64 <= arena_room {
                 true => Ok(plan),
-                false if remake => Plan::fitting(network, &encodings, options, arena_room as usize, *banks),
-                false => continue,
+                false if remake && picture => Plan::fitting(network, &encodings, options, arena_room as usize, *banks),
+                false => Err(plan.arena_bytes(*banks)),
             };
             match plan {
                 Ok(plan) => return Ok(Ok(pin(part, plan, *banks, room))),

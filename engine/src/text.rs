@@ -2,15 +2,20 @@
 //! transformers' `CLIPTokenizer`.
 #![forbid(unsafe_code)]
 
-use tokenizers::models::bpe::{BPE, Vocab};
+mod bpe;
+
 use tokenizers::normalizers::{Lowercase, NFC, Replace, Sequence, replace::ReplacePattern};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence as PreSequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{AddedToken, SplitDelimiterBehavior};
+use tokenizers::{
+    NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
+    SplitDelimiterBehavior,
+};
 
 use crate::card::ClipConfig;
 use crate::error::{Error, Result};
+use bpe::Bpe;
 
 /// What CLIP takes for a word.
 const WORD: &str =
@@ -20,7 +25,13 @@ const SPECIAL: [&str; 2] = ["<|startoftext|>", "<|endoftext|>"];
 
 /// CLIP's tokenizer.
 #[derive(Clone, Debug)]
-pub struct Tokenizer(tokenizers::Tokenizer);
+pub struct Tokenizer {
+    normalizer: Sequence,
+    /// Text to words, and the words' bytes to the characters that stand for them.
+    words: PreSequence,
+    bpe: Bpe,
+    special: [u32; 2],
+}
 
 /// A window of tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,34 +47,44 @@ pub struct Window {
 impl Tokenizer {
     /// From the bytes of `vocab.json` (`{"token": id}`) and `merges.txt` (a pair a line, the first line a comment).
     pub fn new(vocab: &[u8], merges: &[u8]) -> Result<Self> {
-        let vocab = serde_json::from_slice::<std::collections::HashMap<String, u32>>(vocab)
-            .map_err(|e| Error::Tokenizer(format!("vocab.json: {e}")))?;
-        let merges = parse_merges(merges)?;
-        if let Some(missing) = SPECIAL.iter().find(|token| !vocab.contains_key(**token)) {
-            return Err(Error::Tokenizer(format!("vocab.json has no {missing}")));
-        }
-        let wrong = |e: tokenizers::Error| Error::Tokenizer(e.to_string());
-        let model = BPE::builder()
-            .vocab_and_merges(vocab.into_iter().collect::<Vocab>(), merges)
-            .end_of_word_suffix("</w>".into())
-            .unk_token(SPECIAL[1].into())
-            .build()
-            .map_err(wrong)?;
-        let mut tokenizer = tokenizers::Tokenizer::new(model);
+        let bpe = Bpe::new(vocab, merges, SPECIAL[1]).map_err(Error::Tokenizer)?;
+        let id = |token| bpe.id(token).ok_or_else(|| Error::Tokenizer(format!("vocab.json has no {token}")));
+        let special = [id(SPECIAL[0])?, id(SPECIAL[1])?];
         let spaces = Replace::new(ReplacePattern::Regex(r"\s+".into()), " ").map_err(wrong)?;
-        tokenizer.with_normalizer(Some(Sequence::new(vec![NFC.into(), spaces.into(), Lowercase.into()])));
+        let normalizer = Sequence::new(vec![NFC.into(), spaces.into(), Lowercase.into()]);
         let words = SplitPattern::Regex(WORD.into());
         let words = Split::new(words, SplitDelimiterBehavior::Removed, true).map_err(wrong)?;
         let bytes = ByteLevel::default().add_prefix_space(false);
-        tokenizer.with_pre_tokenizer(Some(PreSequence::new(vec![words.into(), bytes.into()])));
-        tokenizer.add_special_tokens(&SPECIAL.map(|token| AddedToken::from(token, true)));
-        Ok(Tokenizer(tokenizer))
+        let words = PreSequence::new(vec![words.into(), bytes.into()]);
+        Ok(Tokenizer { normalizer, words, bpe, special })
     }
 
     /// The ids of `text` alone.
     pub fn ids(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.0.encode_fast(text, false).map_err(|e| Error::Tokenizer(e.to_string()))?;
-        Ok(encoding.get_ids().to_vec())
+        let mut ids = Vec::new();
+        let mut rest = text;
+        loop {
+            let found =
+                SPECIAL.iter().zip(self.special).filter_map(|(s, id)| Some((rest.find(s)?, s.len(), id)));
+            let Some((at, len, id)) = found.min() else { break };
+            self.add(&rest[..at], &mut ids)?;
+            ids.push(id);
+            rest = &rest[at + len..];
+        }
+        self.add(rest, &mut ids)?;
+        Ok(ids)
+    }
+
+    /// Appends the ids of a text without special tokens.
+    fn add(&self, text: &str, ids: &mut Vec<u32>) -> Result<()> {
+        let mut text = NormalizedString::from(text);
+        self.normalizer.normalize(&mut text).map_err(wrong)?;
+        let mut text = PreTokenizedString::from(text);
+        self.words.pre_tokenize(&mut text).map_err(wrong)?;
+        for (word, ..) in text.get_splits(OffsetReferential::Normalized, OffsetType::Byte) {
+            self.bpe.encode(word, ids);
+        }
+        Ok(())
     }
 
     /// The one window of `text` for the text encoder `config`; what doesn't fit is dropped.
@@ -81,16 +102,8 @@ impl Tokenizer {
     }
 }
 
-/// Pairs of tokens, most frequent first.
-fn parse_merges(bytes: &[u8]) -> Result<Vec<(String, String)>> {
-    let text = std::str::from_utf8(bytes).map_err(|e| Error::Tokenizer(format!("merges.txt: {e}")))?;
-    let lines =
-        text.lines().enumerate().filter(|(_, line)| !line.starts_with("#version") && !line.is_empty());
-    let pair = |(i, line): (usize, &str)| match line.split_once(' ') {
-        Some((a, b)) => Ok((a.to_string(), b.to_string())),
-        None => Err(Error::Tokenizer(format!("merges.txt: line {} is no pair", i + 1))),
-    };
-    lines.map(pair).collect()
+fn wrong(error: tokenizers::Error) -> Error {
+    Error::Tokenizer(error.to_string())
 }
 
 #[cfg(test)]
@@ -168,10 +181,13 @@ mod tests {
     #[test]
     fn broken_vocabularies_are_errors() {
         let good = br#"{"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "b": 3, "ab": 4}"#;
-        let cases: [(&[u8], &[u8]); 6] = [
+        let cases: [(&[u8], &[u8]); 9] = [
             (b"", b""),
             (b"{}", b""),
             (b"{\"a\": -1}", b""),
+            (br#"{"<|startoftext|>": 0}"#, b""),
+            (br#"{"<|endoftext|>": 0}"#, b""),
+            (br#"{"<|startoftext|>": 0, "<|endoftext|>": 1} x"#, b""),
             (good, b"ab"),
             (good, b"a c"),
             (good, b"\xff\xfe a"),

@@ -5,6 +5,7 @@
 mod cards;
 mod configs;
 mod gguf;
+mod model;
 mod names;
 mod random;
 mod safetensors;
@@ -22,6 +23,7 @@ use crate::error::Error;
 use crate::report::shape_of;
 use crate::tokenizer;
 pub use cards::{MODELS, card};
+pub use model::write_model;
 pub use random::random;
 
 /// A layout to write.

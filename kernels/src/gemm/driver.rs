@@ -20,7 +20,11 @@ use crate::view::{Operand, RowsMut};
 /// Panels under a tile.
 const PAIR: usize = TILE_COLUMNS / TILE_N;
 /// Most rows of a block.
-const BLOCK_ROWS: usize = 128;
+const BLOCK_ROWS: usize = 512;
+/// Most rows of a block that is widened, or whose sums over taps had better stay in L1.
+const SMALL_BLOCK_ROWS: usize = 128;
+/// Weights of so many bytes stay in L2 from block to block, so that blocks may be small.
+const RESIDENT_WEIGHT: usize = 1024 * 1024;
 /// Most panel pairs whose sums a task keeps while chunks go by.
 const GROUP_PAIRS: usize = 8;
 /// Fewest tasks a call is cut into, where its panels allow.
@@ -56,17 +60,19 @@ struct Plan<'a> {
     by_tap: bool,
     /// Accumulators wait in memory between chunks.
     keeps: bool,
+    /// Most rows of a block.
+    block_rows: usize,
 }
 
 /// A worker's scratch memory, cut up. Lengths in comments, for the block at hand.
 struct Buffers<'s> {
-    /// `[BLOCK_ROWS][chunk]` of the kernel's row elements, where rows are widened.
+    /// `[block_rows][chunk]` of the kernel's row elements, where rows are widened.
     rows: &'s mut [u8],
     /// `[PAIR][chunk][16]` of the kernel's weights, where they are unpacked.
     weights: &'s mut [u8],
-    /// `[GROUP_PAIRS][BLOCK_ROWS]`, or two tiles.
+    /// `[GROUP_PAIRS][block_rows]`, or two tiles.
     products: &'s mut [[i32; TILE_COLUMNS]],
-    /// `[GROUP_PAIRS][BLOCK_ROWS]`, where taps are added up.
+    /// `[GROUP_PAIRS][block_rows]`, where taps are added up.
     sums: &'s mut [[f32; TILE_COLUMNS]],
 }
 
@@ -93,14 +99,32 @@ pub(super) fn run(
     let chunks = chunks(&weight, kernel, widens, by_tap);
     let keeps = !chunks.iter().all(|chunk| chunk.first && chunk.last);
     let geometry = Geometry::new(&input, &filter, kernel.mr, epilogue.image_bias.is_some(), rows);
+    let row_bytes = (weight.shape.k_padded() * kernel.types.row_bytes()).max(1);
+    let block_rows = if widens || by_tap && weight.bytes.len() <= RESIDENT_WEIGHT {
+        SMALL_BLOCK_ROWS
+    } else {
+        (kernel.block_bytes / row_bytes).min(BLOCK_ROWS).max(kernel.mr)
+    };
     let out = match out {
         RowsMut::F32(out) => Out::F32(Shared::new(out)),
         RowsMut::Bf16(out) => Out::Bf16(Shared::new(out)),
     };
-    let plan =
-        Plan { kernel, operand, weight, epilogue, out, geometry, chunks, widens, unpacks, by_tap, keeps };
+    let plan = Plan {
+        kernel,
+        operand,
+        weight,
+        epilogue,
+        out,
+        geometry,
+        chunks,
+        widens,
+        unpacks,
+        by_tap,
+        keeps,
+        block_rows,
+    };
 
-    let blocks = plan.geometry.blocks(BLOCK_ROWS.max(kernel.mr));
+    let blocks = plan.geometry.blocks(block_rows);
     let pairs = weight.shape.panels().div_ceil(PAIR);
     let mut group = pairs;
     while blocks.len() * pairs.div_ceil(group.max(1)) < TASKS && group > 1 {
@@ -126,7 +150,7 @@ fn chunks(weight: &Weight<'_>, kernel: &GemmKernel, widens: bool, by_tap: bool) 
     let padded = shape.k_padded();
     let mut most = (kernel.pair_bytes / (TILE_COLUMNS * kernel.types.weight_bytes())).min(padded);
     if widens {
-        most = most.min(rows_bytes() / (BLOCK_ROWS * kernel.types.row_bytes()));
+        most = most.min(rows_bytes() / (SMALL_BLOCK_ROWS * kernel.types.row_bytes()));
     }
     let pieces = if padded == 0 { 0 } else { padded.div_ceil(most) };
     let len = if pieces == 0 { 0 } else { (padded / TILE_K).div_ceil(pieces) * TILE_K };
@@ -154,7 +178,7 @@ impl<'a> Plan<'a> {
         let (rows, scratch) = scratch.split_at_mut(if self.widens { rows_bytes() } else { 0 });
         let (weights, scratch) = scratch.split_at_mut(if self.unpacks { self.kernel.pair_bytes } else { 0 });
         let pairs = if self.widens { GROUP_PAIRS } else { 1 };
-        let kept = pairs * BLOCK_ROWS;
+        let kept = pairs * self.block_rows;
         let products = if self.keeps { kept } else { 2 * self.kernel.mr };
         let sums = if self.by_tap { kept } else { 0 };
         let (products, scratch) = scratch.split_at_mut(products * TILE_COLUMNS * 4);
@@ -194,7 +218,7 @@ impl<'a> Plan<'a> {
                 let mut row = 0;
                 for tile in tiles {
                     ahead.prefetch();
-                    let kept = i * BLOCK_ROWS + row;
+                    let kept = i * self.block_rows + row;
                     let at = if self.keeps { kept } else { usize::from(odd) * self.kernel.mr };
                     odd = !odd;
                     let finishes = c + 1 == self.chunks.len();
@@ -287,7 +311,7 @@ impl<'a> Plan<'a> {
                     Operand::Bf16(rows) => Widen::Bf16(&rows[piece]),
                     Operand::F32(_) => unreachable!("f32 rows are read where they lie"),
                 };
-                let out = out.next().expect("a block has at most BLOCK_ROWS rows");
+                let out = out.next().expect("a block has at most SMALL_BLOCK_ROWS rows");
                 // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
                 unsafe { (self.kernel.steps.widen)(&widen, out) };
             }

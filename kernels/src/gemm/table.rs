@@ -68,6 +68,8 @@ pub struct GemmKernel {
     /// Most bytes of a chunk's weights under [`TILE_COLUMNS`](super::tile::TILE_COLUMNS) columns, as the tile reads them:
     /// they stay in the cache while the rows of a block pass by.
     pub(crate) pair_bytes: usize,
+    /// Most bytes of a block of operand rows, which stays in the cache while the weights pass by.
+    pub(crate) block_bytes: usize,
     /// The function.
     pub(crate) tile: TileFn,
     /// The multiplications of a tile without its loads.
@@ -77,6 +79,9 @@ pub struct GemmKernel {
     /// Called by a thread that has run tiles and is about to do something else.
     pub(crate) leave: fn(),
 }
+
+/// [`GemmKernel::block_bytes`] for an L2 of 512 KiB or more.
+pub(crate) const BLOCK_BYTES: usize = 256 * 1024;
 
 /// A kernel's multiplications on registers, independent enough that nothing but the multipliers bounds them.
 #[derive(Clone, Copy, Debug)]

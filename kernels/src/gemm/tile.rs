@@ -153,6 +153,7 @@ macro_rules! broadcast_kernel {
             nr: $nr,
             kr: <$lanes as $crate::gemm::tile::Lanes>::K,
             pair_bytes: $crate::gemm::table::Types::$types.broadcast_pair_bytes(),
+            block_bytes: $crate::gemm::table::BLOCK_BYTES,
             tile: $name,
             peak: {
                 $(#[$attribute])*

@@ -23,6 +23,9 @@ const C_STRIDE: usize = TILE_COLUMNS * 4;
 /// Bytes of a chunk's weights: as much again of the rows fits in L1 beside them.
 const PAIR_BYTES: usize = 20 * 1024;
 
+/// Bytes of a block of rows: every core with AMX has an L2 of 2 MiB, and the weights are best read once.
+const BLOCK_BYTES: usize = 1200 * 1024;
+
 /// The operand of `ldtilecfg`.
 #[repr(C, align(64))]
 struct TileConfig {
@@ -212,6 +215,7 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     nr: 32,
     kr: ROW_BYTES,
     pair_bytes: PAIR_BYTES,
+    block_bytes: BLOCK_BYTES,
     tile: gemm_u8s8_32x32_amx,
     peak: Peak { run: peak_u8s8, ops: peak_ops(1) },
     steps: &avx512::STEPS,
@@ -226,6 +230,7 @@ pub(crate) static GEMM_BF16: GemmKernel = GemmKernel {
     nr: 32,
     kr: ROW_BYTES / 2,
     pair_bytes: PAIR_BYTES,
+    block_bytes: BLOCK_BYTES,
     tile: gemm_bf16_32x32_amx,
     peak: Peak { run: peak_bf16, ops: peak_ops(2) },
     steps: &avx512::STEPS,
