@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use engine::format::Writer;
@@ -82,27 +83,38 @@ pub(crate) fn run(
     let total = jobs.iter().map(|j| sources.of(&j.view).tensors[&j.view.name].bytes()).sum();
     let mut done = 0;
     let mut stats = Vec::with_capacity(jobs.len());
-    // Tensors that are made, and the first one's place.
-    let mut made: (usize, Vec<Vec<u8>>) = (0, Vec::new());
+    let largest = jobs.iter().map(|j| j.bytes).max().unwrap_or(0).max(BATCH_BYTES);
+    // One is made while the other is written; only the first has room for a tensor larger than a batch.
+    let (mut wide, mut narrow) = (Batch::with_capacity(largest), Batch::with_capacity(BATCH_BYTES));
+    let mut wide_is_next = true;
+    let scratch = Mutex::new(Vec::new());
     while stats.len() < jobs.len() {
         if settings.stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
             return Err(Error::Stopped);
         }
         let first = stats.len();
         let batch = &jobs[first..first + batch_len(&jobs[first..])];
-        let (written, next) =
-            rayon::join(|| write(writer, &made), || encode_batch(sources, batch, settings.measure));
+        if !wide_is_next && batch.len() == 1 && batch[0].bytes > BATCH_BYTES {
+            wide.write(writer)?;
+            wide_is_next = true;
+        }
+        let (next, made) = if wide_is_next { (&mut wide, &mut narrow) } else { (&mut narrow, &mut wide) };
+        let (written, found) = rayon::join(
+            || made.write(writer),
+            || next.encode(sources, first, batch, settings.measure, &scratch),
+        );
         written?;
-        let (buffers, batch_stats) = next?;
-        for (job, stats) in batch.iter().zip(&batch_stats) {
-            check_values(job, stats, settings.force)?;
+        let found = found?;
+        for (job, found) in batch.iter().zip(&found) {
+            check_values(job, found, settings.force)?;
             done += sources.of(&job.view).tensors[&job.view.name].bytes();
         }
-        stats.extend(batch_stats);
-        made = (first, buffers);
+        stats.extend(found);
+        wide_is_next = !wide_is_next;
         (settings.progress)(Progress { done, total, tensor: &batch[batch.len() - 1].spec.name });
     }
-    write(writer, &made)?;
+    wide.write(writer)?;
+    narrow.write(writer)?;
     Ok(stats)
 }
 
@@ -114,11 +126,6 @@ fn batch_len(jobs: &[Job]) -> usize {
         bytes <= BATCH_BYTES
     });
     fits.count().max(1)
-}
-
-fn write(writer: &Writer, (first, buffers): &(usize, Vec<Vec<u8>>)) -> Result<(), Error> {
-    buffers.par_iter().enumerate().try_for_each(|(i, bytes)| writer.write(first + i, bytes))?;
-    Ok(())
 }
 
 fn check_values(job: &Job, stats: &Stats, force: bool) -> Result<(), Error> {
@@ -140,32 +147,68 @@ struct Task<'a> {
     out: &'a mut [u8],
 }
 
-fn encode_batch(sources: &Sources, jobs: &[Job], measure: bool) -> Result<(Vec<Vec<u8>>, Vec<Stats>), Error> {
-    let rows: Vec<Rows<'_>> = jobs.iter().map(|job| Rows::new(sources, job)).collect::<Result<_, _>>()?;
-    let mut buffers: Vec<Vec<u8>> = jobs.iter().map(|job| vec![0; job.bytes as usize]).collect();
-    let mut tasks = Vec::new();
-    for (i, (rows, buffer)) in rows.iter().zip(&mut buffers).enumerate() {
-        let (step, bytes) = rows.task();
-        for (part, out) in buffer.chunks_mut(bytes).enumerate() {
-            tasks.push(Task { job: i, rows: part * step..((part + 1) * step).min(rows.stored), out });
+/// Tensors that are made and not yet written.
+struct Batch {
+    /// Place of the first one, and the bytes of each.
+    first: usize,
+    lens: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+impl Batch {
+    fn with_capacity(bytes: u64) -> Batch {
+        Batch { first: 0, lens: Vec::new(), bytes: Vec::with_capacity(bytes as usize) }
+    }
+
+    /// Writes the tensors, and is empty.
+    fn write(&mut self, writer: &Writer) -> Result<(), Error> {
+        let mut rest = self.bytes.as_slice();
+        let tensors: Vec<&[u8]> =
+            self.lens.iter().map(|&len| rest.split_off(..len).expect("as made")).collect();
+        tensors.par_iter().enumerate().try_for_each(|(i, bytes)| writer.write(self.first + i, bytes))?;
+        self.lens.clear();
+        Ok(())
+    }
+
+    /// Makes the tensors of these jobs.
+    fn encode(
+        &mut self,
+        sources: &Sources,
+        first: usize,
+        jobs: &[Job],
+        measure: bool,
+        scratch: &Mutex<Vec<Scratch>>,
+    ) -> Result<Vec<Stats>, Error> {
+        let rows: Vec<Rows<'_>> = jobs.iter().map(|job| Rows::new(sources, job)).collect::<Result<_, _>>()?;
+        self.first = first;
+        self.lens = jobs.iter().map(|job| job.bytes as usize).collect();
+        self.bytes.resize(self.lens.iter().sum(), 0);
+        let mut tasks = Vec::new();
+        let mut rest = self.bytes.as_mut_slice();
+        for (i, (rows, &len)) in rows.iter().zip(&self.lens).enumerate() {
+            let (step, bytes) = rows.task();
+            let buffer = rest.split_off_mut(..len).expect("as long as all tensors");
+            for (part, out) in buffer.chunks_mut(bytes).enumerate() {
+                tasks.push(Task { job: i, rows: part * step..((part + 1) * step).min(rows.stored), out });
+            }
         }
-    }
-    let found: Vec<(usize, Stats)> = tasks
-        .into_par_iter()
-        .map_init(Scratch::default, |scratch, task| {
-            let stats = rows[task.job].encode(task.rows, task.out, scratch, measure)?;
+        let run = |task: Task<'_>| {
+            let mut own = scratch.lock().expect("no task panics with it").pop().unwrap_or_default();
+            let stats = rows[task.job].encode(task.rows, task.out, &mut own, measure)?;
+            scratch.lock().expect("no task panics with it").push(own);
             Ok((task.job, stats))
-        })
-        .collect::<Result<_, Error>>()?;
-    let mut stats = vec![Stats::default(); jobs.len()];
-    for (job, found) in found {
-        let sum = &mut stats[job];
-        sum.not_finite += found.not_finite;
-        sum.largest = sum.largest.max(found.largest);
-        sum.energy += found.energy;
-        sum.error += found.error;
+        };
+        let found: Vec<(usize, Stats)> = tasks.into_par_iter().map(run).collect::<Result<_, Error>>()?;
+        let mut stats = vec![Stats::default(); jobs.len()];
+        for (job, found) in found {
+            let sum = &mut stats[job];
+            sum.not_finite += found.not_finite;
+            sum.largest = sum.largest.max(found.largest);
+            sum.energy += found.energy;
+            sum.error += found.error;
+        }
+        Ok(stats)
     }
-    Ok((buffers, stats))
 }
 
 /// Buffers of one thread.
