@@ -6,20 +6,21 @@ use std::time::Instant;
 
 use convert::{Quant, synthetic};
 use engine::format::ModelFile;
-use engine::pipeline::{Control, Picture, Pipeline, Request};
+use engine::pipeline::{Control, Picture, Pipeline, Request, Settings};
 
 use crate::args::BenchModel;
 use crate::failure::{Failure, Result};
 use crate::progress::{Level, PictureProgress, Progress};
 use crate::report::{Generated, to_json};
-use crate::{interrupt, model, size, terminal};
+use crate::{cache, interrupt, model, size, terminal};
 
 /// What is drawn; the time doesn't depend on it.
 const PROMPT: &str = "a photograph of a mountain lake at sunrise";
 
 pub(crate) fn run(arguments: &BenchModel) -> Result<()> {
     let level = Level::from(arguments.voice);
-    let settings = model::settings(&arguments.machine)?;
+    // The text encoder is measured too.
+    let settings = Settings { cache: None, ..model::settings(&arguments.machine)? };
     let made_up = arguments
         .family
         .as_deref()
@@ -98,11 +99,8 @@ fn table(made: &Picture) -> String {
 
 /// A model of the kind with random weights, in the cache folder: made when it isn't there yet.
 fn made_up(name: &str, quant: Quant, level: Level) -> Result<PathBuf> {
-    let card = synthetic::card(name).ok_or_else(|| {
-        Failure::new(format!("there is no family named {name:?}"))
-            .hint(format!("known: {}; tiny- before one makes it small", synthetic::MODELS.join(", ")))
-    })?;
-    let folder = cache_folder();
+    let card = model::published(name)?;
+    let folder = cache::root();
     std::fs::create_dir_all(&folder).map_err(|error| Failure::io("create", &folder, &error))?;
     let version = env!("CARGO_PKG_VERSION");
     let path = folder.join(format!("{name}-{version}.{}.sdq", quant.name()));
@@ -129,14 +127,4 @@ fn is_usable(path: &Path) -> bool {
         let specs = engine::models::weights(file.card()).into_iter().flat_map(|(_, specs)| specs);
         specs.into_iter().all(|spec| file.tensor(&spec.name).is_some_and(|t| t.kind == spec.kind))
     })
-}
-
-/// Where files lie that can be made again.
-fn cache_folder() -> PathBuf {
-    let folder = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    folder("XDG_CACHE_HOME")
-        .or_else(|| folder("LOCALAPPDATA"))
-        .or_else(|| Some(folder("HOME")?.join(".cache")))
-        .unwrap_or_else(std::env::temp_dir)
-        .join("sdfast")
 }

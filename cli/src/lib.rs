@@ -5,6 +5,7 @@
 
 pub mod args;
 mod bench_model;
+mod cache;
 mod convert_checkpoint;
 mod demo;
 mod failure;

@@ -2,12 +2,15 @@
 
 use std::path::Path;
 
+use convert::synthetic;
+use engine::card::Card;
 use engine::format::ModelFile;
 use engine::memory;
 use engine::pipeline::Settings;
 use kernels::Isa;
 
 use crate::args::Machine;
+use crate::cache;
 use crate::demo;
 use crate::failure::{Failure, Result};
 use crate::size::{self, Ram};
@@ -21,11 +24,25 @@ pub(crate) fn open(path: Option<&Path>) -> Result<(ModelFile, String)> {
     Ok((file, name.to_string()))
 }
 
+/// The card of a published model.
+pub(crate) fn published(name: &str) -> Result<Card> {
+    synthetic::card(name).ok_or_else(|| {
+        Failure::new(format!("there is no family named {name:?}"))
+            .hint(format!("known: {}; tiny- before one makes it small", synthetic::MODELS.join(", ")))
+    })
+}
+
 /// The settings that the flags ask for.
 pub(crate) fn settings(machine: &Machine) -> Result<Settings> {
     let isa = picked_isa(machine.isa)?;
     let threads = machine.threads.map_or_else(Settings::default_threads, usize::from);
-    Ok(Settings { threads, isa, precision: machine.precision.into(), ram: ram(machine.ram)? })
+    Ok(Settings {
+        threads,
+        isa,
+        precision: machine.precision.into(),
+        ram: ram(machine.ram)?,
+        cache: cache::folder("embeddings"),
+    })
 }
 
 /// The tier that flag, environment and machine agree on.

@@ -2,7 +2,6 @@
 
 use std::fmt::Write;
 
-use convert::synthetic;
 use engine::budget::{self, MemoryPlan, PartPlan, Run};
 use engine::card::{Card, Family};
 use engine::format::ModelFile;
@@ -12,7 +11,7 @@ use engine::weights;
 use serde::Serialize;
 
 use crate::args::Plan;
-use crate::failure::{Failure, Result};
+use crate::failure::Result;
 use crate::output::Output;
 use crate::{model, size, terminal};
 
@@ -59,7 +58,7 @@ struct Layer {
 pub(crate) fn run(arguments: &Plan) -> Result<()> {
     let settings = model::settings(&arguments.machine)?;
     let (card, file): (Card, Option<ModelFile>) = match &arguments.family {
-        Some(name) => (family(name)?, None),
+        Some(name) => (model::published(name)?, None),
         None => {
             let (file, _) = model::open(arguments.model.as_deref())?;
             (file.card().clone(), Some(file))
@@ -101,14 +100,6 @@ pub(crate) fn run(arguments: &Plan) -> Result<()> {
         terminal::print(&text(&report, &plan, &request));
     }
     Ok(())
-}
-
-/// The card of a published model.
-pub(crate) fn family(name: &str) -> Result<Card> {
-    synthetic::card(name).ok_or_else(|| {
-        Failure::new(format!("there is no family named {name:?}"))
-            .hint(format!("known families: {}", synthetic::MODELS.join(", ")))
-    })
 }
 
 fn part(p: &PartPlan, layers: bool) -> Part {

@@ -133,3 +133,30 @@ fn samplers_and_schedules_make_pictures() {
     let info = sdfast(dir.path(), &["info", "a.png"]).done();
     assert!(info.stdout.contains("Sampler: DPM++ 2M, Schedule type: Karras"), "{}", info.stdout);
 }
+
+#[test]
+fn a_repeated_prompt_is_remembered() {
+    let dir = folder();
+    let picture = |name: &str| {
+        let arguments = ["gen", "a snowy mountain", "--seed", "4", "--steps", "1", "-q", "-o", name];
+        let program = env!("CARGO_BIN_EXE_sdfast");
+        let output = common::command(program, dir.path())
+            .env("SDFAST_CACHE", dir.path().join("kept"))
+            .args(arguments)
+            .output()
+            .expect("it starts");
+        common::Ran::from(output).done();
+        fs::read(dir.path().join(name)).expect("written")
+    };
+    let first = picture("a.png");
+    let kept = dir.path().join("kept/embeddings");
+    let files = names(&kept);
+    assert_eq!(files.len(), 2, "prompt and negative prompt: {files:?}");
+    assert!(first == picture("b.png"));
+    // A damaged file counts as absent, and is made again.
+    fs::write(kept.join(&files[0]), b"sdfemb").expect("writable");
+    assert!(first == picture("c.png"));
+    assert_eq!(names(&kept), files);
+    fs::remove_dir_all(&kept).expect("safe to delete");
+    assert!(first == picture("d.png"));
+}

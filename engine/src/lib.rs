@@ -2,6 +2,7 @@
 
 pub mod budget;
 pub mod card;
+mod embedding_cache;
 pub mod error;
 pub mod format;
 pub mod graph;

@@ -54,7 +54,7 @@ pub(crate) fn sdconv(folder: &Path, arguments: &[&str]) -> Ran {
 /// A program in `folder`, with no settings from outside.
 pub(crate) fn command(program: &str, folder: &Path) -> Command {
     let mut command = Command::new(program);
-    command.current_dir(folder).env_remove("SDFAST_ISA");
+    command.current_dir(folder).env_remove("SDFAST_ISA").env("SDFAST_CACHE", "");
     command
 }
 

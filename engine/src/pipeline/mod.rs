@@ -90,11 +90,7 @@ impl Pipeline {
         let plan = self.plan(h, w, 1 + usize::from(guided), false)?;
 
         let clock = Instant::now();
-        let prompts = self.prompts(request, guided, event)?;
-        if !plan.keeps {
-            self.forget_tokenizer();
-        }
-        let conditioning = self.encode(&plan, &prompts, event)?;
+        let conditioning = self.conditioning(&plan, request, guided, event)?;
         tell(event, Event::Done(Part::Text))?;
         timings.text_s = clock.elapsed().as_secs_f64();
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::{OnEvent, Pipeline, Request, tell};
 use crate::budget::MemoryPlan;
+use crate::embedding_cache::{Cache, Entry};
 use crate::error::{Error, Result};
 use crate::models::Part;
 use crate::pipeline::types::{Event, Warning};
@@ -55,13 +56,15 @@ impl Pipeline {
         Ok(Prompt { text: text.to_owned(), windows: windows.collect::<Result<_>>()? })
     }
 
-    /// The prompts of a request: the negative one first, where there is guidance.
-    pub(super) fn prompts(
+    /// What conditions the denoiser for a request: the negative prompt first, where there is guidance. What the cache knows is
+    /// not computed again.
+    pub(super) fn conditioning(
         &self,
+        plan: &MemoryPlan,
         request: &Request,
         guided: bool,
         event: &mut OnEvent<'_>,
-    ) -> Result<Vec<Prompt>> {
+    ) -> Result<Vec<Conditioning>> {
         let mut texts = vec![];
         if guided {
             texts.push(("negative prompt", &request.negative_prompt));
@@ -69,16 +72,34 @@ impl Pipeline {
             tell(event, Event::Warning(Warning::NegativeWithoutGuidance))?;
         }
         texts.push(("prompt", &request.prompt));
-        let mut prompts = vec![];
-        for (which, text) in texts {
-            let prompt = self.tokenize(text)?;
-            let dropped = prompt.windows.iter().map(|w| w.dropped).max().unwrap_or(0);
-            if dropped > 0 {
+        let cache = Cache::new(&self.file, &self.settings);
+        let known: Option<Vec<Entry>> =
+            cache.as_ref().and_then(|cache| texts.iter().map(|(_, text)| cache.get(text)).collect());
+        let entries = match known {
+            Some(entries) => entries,
+            None => {
+                let prompts: Vec<Prompt> =
+                    texts.iter().map(|(_, text)| self.tokenize(text)).collect::<Result<_>>()?;
+                if !plan.keeps {
+                    self.forget_tokenizer();
+                }
+                let dropped = |p: &Prompt| p.windows.iter().map(|w| w.dropped).max().unwrap_or(0);
+                let conditioning = self.encode(plan, &prompts, event)?;
+                let entry = |(conditioning, prompt)| Entry { conditioning, dropped: dropped(prompt) };
+                let entries: Vec<Entry> = conditioning.into_iter().zip(&prompts).map(entry).collect();
+                if let Some(cache) = &cache {
+                    texts.iter().zip(&entries).for_each(|((_, text), entry)| cache.put(text, entry));
+                }
+                entries
+            }
+        };
+        for ((which, _), entry) in texts.iter().zip(&entries) {
+            if entry.dropped > 0 {
+                let dropped = entry.dropped;
                 tell(event, Event::Warning(Warning::PromptTruncated { which, dropped }))?;
             }
-            prompts.push(prompt);
         }
-        Ok(prompts)
+        Ok(entries.into_iter().map(|e| e.conditioning).collect())
     }
 
     /// What the text encoders make of each prompt; `plan` is for as many prompts.

@@ -1,6 +1,8 @@
 //! What goes into the pipeline and what comes out.
 #![forbid(unsafe_code)]
 
+use std::path::PathBuf;
+
 use kernels::Isa;
 use serde::Serialize;
 
@@ -22,6 +24,8 @@ pub struct Settings {
     pub precision: Precision,
     /// Bytes that the process may hold in memory; `None` is what is free on the machine, less a margin.
     pub ram: Option<u64>,
+    /// Folder for the embeddings of prompts; `None` keeps none.
+    pub cache: Option<PathBuf>,
 }
 
 impl Default for Settings {
@@ -32,6 +36,7 @@ impl Default for Settings {
             isa: Isa::detect(),
             precision: Precision::default(),
             ram: None,
+            cache: None,
         }
     }
 }
