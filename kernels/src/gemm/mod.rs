@@ -109,13 +109,9 @@ pub struct Gemm<'a> {
 /// f32 rows stay f32. bfloat16 rows meet bfloat16 weights where the tier multiplies those, but f32 weights lose nothing:
 /// they, and all weights elsewhere, are met in f32.
 pub fn pick(isa: Isa, operand: &Operand<'_>, encoding: Encoding) -> &'static GemmKernel {
-    let best = |types| table::best(isa, types);
-    let kernel = match operand {
-        Operand::U8 { .. } => best(Types::U8S8).or(best(Types::S16S16)),
-        Operand::Bf16(_) if encoding != Encoding::F32 => best(Types::Bf16).or(best(Types::F32)),
-        Operand::Bf16(_) | Operand::F32(_) => best(Types::F32),
-    };
-    kernel.expect("the scalar tier has a kernel for everything")
+    let suits = |kernel: &&&'static GemmKernel| isa.includes(kernel.isa) && kernel.suits(operand, encoding);
+    let kernel = kernels().iter().rfind(suits);
+    kernel.expect("the scalar tier has a kernel for rows that suit the encoding")
 }
 
 /// Runs `call` with the kernel that [`pick`] finds.

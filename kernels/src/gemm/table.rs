@@ -109,11 +109,6 @@ pub fn kernels() -> &'static [&'static GemmKernel] {
     crate::arch::KERNELS
 }
 
-/// The best kernel for `types` that a machine of tier `isa` runs.
-pub(super) fn best(isa: Isa, types: Types) -> Option<&'static GemmKernel> {
-    kernels().iter().copied().rfind(|kernel| kernel.types == types && isa.includes(kernel.isa))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -134,11 +129,20 @@ mod tests {
         }
     }
 
+    /// The scalar kernels are for machines that have nothing else.
     #[test]
-    fn every_tier_multiplies_integers_and_floats() {
-        for isa in Isa::available() {
-            assert!(best(*isa, Types::U8S8).or(best(*isa, Types::S16S16)).is_some());
-            assert!(best(*isa, Types::F32).is_some());
+    fn every_tier_gets_kernels_of_its_own() {
+        let codes = Operand::U8 { codes: &[], scale: &[] };
+        for isa in Isa::ALL {
+            let of_arch = kernels().iter().any(|kernel| kernel.isa == isa);
+            for operand in [codes, Operand::Bf16(&[]), Operand::F32(&[])] {
+                let kernel = crate::gemm::pick(isa, &operand, Encoding::Q8);
+                assert!(
+                    kernel.isa != Isa::Scalar || isa == Isa::Scalar || !of_arch,
+                    "{isa:?} gets {}",
+                    kernel.name
+                );
+            }
         }
     }
 }
