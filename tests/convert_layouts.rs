@@ -76,7 +76,10 @@ fn miniatures_of_every_model() {
         let card = synthetic::card(&format!("tiny-{name}")).unwrap();
         let values = synthetic::random(1);
         let mut expected: Option<(Vec<u8>, Card)> = None;
-        for (layout_name, layout) in Layout::ALL {
+        // Names of the text encoders differ between these three; the others share theirs.
+        let all = ["sd15", "sd2", "sdxl"].contains(&name);
+        let layouts = Layout::ALL.into_iter().filter(|(n, _)| all || ["diffusers", "ldm"].contains(n));
+        for (layout_name, layout) in layouts {
             let path = place(folder.path(), layout);
             let _ = std::fs::remove_dir_all(&path);
             synthetic::write(&card, &values, &path, layout, Number::F16).unwrap();
@@ -117,9 +120,10 @@ fn numbers_of_every_type() {
     // What bf16 holds, every type but f16 holds.
     let exact =
         |t: &Tensor| values(t).into_iter().map(|v| half::bf16::from_f32(v).to_f32()).collect::<Vec<_>>();
+    let layouts = [Layout::Diffusers, Layout::Zip, Layout::Pickle, Layout::Gguf];
     let files: Vec<Vec<u8>> = [Number::F32, Number::Bf16]
         .into_iter()
-        .flat_map(|number| Layout::ALL.map(|(_, layout)| (number, layout)))
+        .flat_map(|number| layouts.map(|layout| (number, layout)))
         .map(|(number, layout)| {
             let path = place(folder.path(), layout);
             synthetic::write(&card, &exact, &path, layout, number).unwrap();

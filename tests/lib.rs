@@ -1,6 +1,7 @@
 //! Helpers shared by the cross-crate tests, which stand beside this file.
 #![forbid(unsafe_code)]
 
+pub mod families;
 pub mod numpy;
 pub mod score;
 

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use convert::Quant;
-use engine::pipeline::{Conditioning, Control, Denoiser, Latents, Memory, Pipeline, Request};
+use engine::pipeline::{Conditioning, Control, Denoiser, Latents, Pipeline, Request};
 use engine::precision::Precision;
 use engine::sampler::{self, Run};
 use engine::schedule::{Schedule, Spread};
@@ -45,7 +45,8 @@ fn encode(golden: &Golden, pipeline: &Pipeline) -> Vec<Conditioning> {
     for (i, prompt) in prompts.iter().enumerate() {
         assert_eq!(prompt.windows[0].ids, golden.ids("input_ids", i));
     }
-    pipeline.encode(&prompts, &mut Memory::default(), &mut |_| Control::Continue).unwrap()
+    let plan = pipeline.plan(16, 16, 2, false).unwrap();
+    pipeline.encode(&plan, &prompts, &mut |_| Control::Continue).unwrap()
 }
 
 /// Errors of the noise predictions, unguided and guided by turns, at every `stride`th latents of the reference.
@@ -59,8 +60,8 @@ fn prediction_errors(golden: &Golden, pipeline: &Pipeline, stride: usize) -> Vec
     assert!((sampler.init_noise_sigma() / golden.values("init_noise_sigma")[0] - 1.).abs() < 1e-6);
 
     let conditioning = encode(golden, pipeline);
-    let mut denoiser =
-        Denoiser::new(pipeline, 16, 16, conditioning, &request, &mut Memory::default()).unwrap();
+    let plan = pipeline.plan(16, 16, 2, false).unwrap();
+    let mut denoiser = Denoiser::new(pipeline, &plan, conditioning, &request).unwrap();
     let mut errors = vec![];
     let mut input = vec![0.; run.len];
     let mut guided = vec![0.; run.len];

@@ -25,6 +25,8 @@ pub struct Sdfast {
 pub enum Command {
     /// Make a picture.
     Gen(Box<Gen>),
+    /// Show what a run will hold in memory, before it begins.
+    Plan(Box<Plan>),
     /// Show the settings inside a picture, or what a model is.
     Info(Info),
     /// Measure the speed of this machine.
@@ -93,6 +95,41 @@ pub struct Gen {
     pub voice: Voice,
 }
 
+/// `sdfast plan`
+#[derive(Debug, Args)]
+pub struct Plan {
+    /// Model; without it, the small one that is part of the program.
+    #[arg(short, long, value_name = "MODEL.sdq", conflicts_with_all = ["family", "quant"])]
+    pub model: Option<PathBuf>,
+    /// A published model, planned without its file: sd15, sd2, sdxl, ...
+    #[arg(long, value_name = "NAME")]
+    pub family: Option<String>,
+    /// How the model of --family is packed.
+    #[arg(long, value_name = "BITS", default_value = "q8")]
+    pub quant: QuantArg,
+    /// Width in pixels [default: the model's].
+    #[arg(short = 'W', long, value_name = "PX")]
+    pub width: Option<usize>,
+    /// Height in pixels [default: the model's].
+    #[arg(short = 'H', long, value_name = "PX")]
+    pub height: Option<usize>,
+    /// Guidance; 1 is none [default: the model's].
+    #[arg(long, value_name = "X")]
+    pub cfg: Option<f32>,
+    /// Draw the arena of the neediest network over time.
+    #[arg(long, value_name = "FILE.svg")]
+    pub svg: Option<PathBuf>,
+    /// How the machine is used.
+    #[command(flatten)]
+    pub machine: Machine,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+    /// How much is said.
+    #[command(flatten)]
+    pub voice: Voice,
+}
+
 /// How the machine is used.
 #[derive(Debug, Args)]
 pub struct Machine {
@@ -131,8 +168,28 @@ pub struct Info {
 /// `sdfast bench`
 #[derive(Debug, Subcommand)]
 pub enum Bench {
+    /// Run every kernel at a shape, beside what the machine can do at most.
+    Gemm(BenchGemm),
     /// Make a picture with a model, or with made-up weights of a family's size.
     Model(Box<BenchModel>),
+}
+
+/// `sdfast bench gemm`
+#[derive(Debug, Args)]
+pub struct BenchGemm {
+    /// Rows, outputs and inputs.
+    #[arg(value_names = ["M", "N", "K"], num_args = 3, default_values = ["1024", "1280", "1280"])]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
+    pub shape: Vec<u32>,
+    /// Use no better instruction sets than these [default: the machine's best].
+    #[arg(long, value_name = "TIER", value_parser = isa)]
+    pub isa: Option<Isa>,
+    /// Threads.
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: u16,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `sdfast bench model`

@@ -12,7 +12,7 @@ use crate::args::BenchModel;
 use crate::failure::{Failure, Result};
 use crate::progress::{Level, PictureProgress, Progress};
 use crate::report::{Generated, to_json};
-use crate::{interrupt, model, size, terminal};
+use crate::{interrupt, model, plan, size, terminal};
 
 /// What is drawn; the time doesn't depend on it.
 const PROMPT: &str = "a photograph of a mountain lake at sunrise";
@@ -98,10 +98,7 @@ fn table(made: &Picture) -> String {
 
 /// A model of the kind with random weights, in the cache folder: made when it isn't there yet.
 fn made_up(name: &str, quant: Quant, level: Level) -> Result<PathBuf> {
-    let card = synthetic::card(name).ok_or_else(|| {
-        Failure::new(format!("there is no family named {name:?}"))
-            .hint(format!("known: {}; tiny- before one makes it small", synthetic::MODELS.join(", ")))
-    })?;
+    let card = plan::family(name)?;
     let folder = cache_folder();
     std::fs::create_dir_all(&folder).map_err(|error| Failure::io("create", &folder, &error))?;
     let version = env!("CARGO_PKG_VERSION");

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+mod bench_gemm;
 mod bench_model;
 mod convert_checkpoint;
 mod demo;
@@ -18,6 +19,7 @@ mod model;
 mod output;
 mod parameters;
 mod picture;
+mod plan;
 mod progress;
 mod report;
 mod size;
@@ -51,7 +53,9 @@ pub fn run<A: Parser>(work: fn(A) -> Result<()>) -> ExitCode {
 pub fn sdfast(arguments: Sdfast) -> Result<()> {
     match arguments.command {
         Command::Gen(arguments) => generate::run(&arguments),
+        Command::Bench(Bench::Gemm(arguments)) => bench_gemm::run(&arguments),
         Command::Bench(Bench::Model(arguments)) => bench_model::run(&arguments),
+        Command::Plan(arguments) => plan::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),
         Command::Kernels => list_kernels::run(),
     }

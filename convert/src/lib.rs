@@ -26,7 +26,7 @@ use engine::graph::weight::WeightSpec;
 
 pub use error::Error;
 pub use inspect::{Inspection, PartInfo, inspect};
-pub use policy::Quant;
+pub use policy::{Quant, encodings};
 pub use report::{Summary, TensorReport, Total};
 
 use family::{Recognized, Sources, Wishes};

@@ -244,21 +244,20 @@ impl<'a> Rows<'a> {
         measure: bool,
     ) -> Result<Stats, Error> {
         let Scratch { raw, source, rows: values } = scratch;
-        source.clear();
         source.resize(rows.len() * self.len, 0.0);
         self.gather(rows.clone(), source, raw)?;
-        let mut stats = Stats::default();
-        for value in source.iter_mut() {
-            if value.is_finite() {
-                stats.largest = stats.largest.max(value.abs());
-            } else {
+        let mut stats = Stats { largest: largest(source), ..Stats::default() };
+        if !stats.largest.is_finite() {
+            for value in source.iter_mut().filter(|v| !v.is_finite()) {
                 stats.not_finite += 1;
                 *value = 0.0;
             }
+            stats.largest = largest(source);
         }
         let values: &[f32] = if self.taps == 1 {
             source
         } else {
+            values.resize(source.len(), 0.0);
             taps_outermost(source, values, self.taps, self.len);
             values
         };
@@ -289,6 +288,7 @@ impl<'a> Rows<'a> {
         let mut at = rows.start;
         while at < rows.end {
             let Some(from) = self.order.source(self.count, at) else {
+                out[(at - rows.start) * self.len..][..self.len].fill(0.0);
                 at += 1;
                 continue;
             };
@@ -311,14 +311,24 @@ impl<'a> Rows<'a> {
     }
 }
 
+/// The largest magnitude; infinite or NaN where a value is.
+fn largest(values: &[f32]) -> f32 {
+    // Without their signs, numbers are ordered as their bits are, and NaNs come last.
+    let bits = |v: &f32| (v.to_bits() & 0x7FFF_FFFF) as i32;
+    f32::from_bits(values.iter().map(bits).fold(0, i32::max) as u32)
+}
+
 /// `[rows, k, taps]` to `[rows, taps, k]`.
-fn taps_outermost(source: &[f32], out: &mut Vec<f32>, taps: usize, len: usize) {
-    out.clear();
-    out.resize(source.len(), 0.0);
+fn taps_outermost(source: &[f32], out: &mut [f32], taps: usize, len: usize) {
+    /// Channels that are moved at a time, so that what is read stays in the cache for all taps.
+    const CHANNELS: usize = 64;
     let k = len / taps;
     for (source, out) in source.chunks_exact(len).zip(out.chunks_exact_mut(len)) {
-        for (tap, out) in out.chunks_exact_mut(k).enumerate() {
-            out.iter_mut().zip(source[tap..].iter().step_by(taps)).for_each(|(o, s)| *o = *s);
+        for (block, source) in source.chunks(CHANNELS * taps).enumerate() {
+            for tap in 0..taps {
+                let out = &mut out[tap * k + block * CHANNELS..][..source.len() / taps];
+                out.iter_mut().zip(source[tap..].iter().step_by(taps)).for_each(|(o, s)| *o = *s);
+            }
         }
     }
 }

@@ -97,6 +97,15 @@ fn by_role(quant: Quant, part: &str, role: Role) -> Encoding {
     }
 }
 
+/// The encodings that a conversion with `quant` gives to `wanted` (`None` for vectors and tables).
+pub fn encodings(quant: Quant, wanted: &[WeightSpec]) -> Vec<Option<Encoding>> {
+    let each = |spec: &WeightSpec| {
+        let part = spec.name.split('.').next().unwrap_or_default();
+        matches!(spec.kind, WeightKind::Matrix { .. }).then(|| by_role(quant, part, spec.role))
+    };
+    wanted.iter().map(each).collect()
+}
+
 /// Whether a glob of `*` (any run of characters) and `?` (any one) fits the whole name.
 fn matches(glob: &str, name: &str) -> bool {
     let (glob, name) = (glob.as_bytes(), name.as_bytes());

@@ -90,6 +90,17 @@ pub enum Error {
         /// Canonical name.
         name: String,
     },
+    /// The budget is too small.
+    #[error("{} of memory are too few: this picture needs {}", mebibytes(*budget), mebibytes(*needed))]
+    Ram {
+        /// Bytes allowed.
+        budget: u64,
+        /// Bytes that are enough.
+        needed: u64,
+    },
+    /// The model file can't be read any more.
+    #[error(transparent)]
+    File(#[from] crate::format::Error),
     /// The system has no memory for the activations.
     #[error("no memory for {bytes} bytes of activations")]
     NoMemory {
@@ -124,10 +135,18 @@ impl Error {
             Error::Tokenizer(_) | Error::TensorMissing { .. } | Error::TensorShape { .. } => {
                 Some("convert the checkpoint again".into())
             }
+            Error::Ram { needed, .. } => {
+                Some(format!("use --ram {}M or more, or make a smaller picture", needed.div_ceil(1 << 20)))
+            }
+            Error::File(e) => e.hint().map(str::to_owned),
             Error::NoMemory { .. } => Some("make a smaller picture, or close other programs".into()),
             Error::LatentsNotFinite | Error::Stopped => None,
         }
     }
+}
+
+fn mebibytes(bytes: u64) -> String {
+    format!("{} MiB", bytes.div_ceil(1 << 20))
 }
 
 /// The engine's result.

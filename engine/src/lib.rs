@@ -1,5 +1,6 @@
 //! The model file, the networks, the plan, and the road from a prompt to pixels.
 
+pub mod budget;
 pub mod card;
 pub mod error;
 pub mod format;

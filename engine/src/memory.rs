@@ -1,15 +1,32 @@
 //! What the process holds, and what the machine has.
-#![forbid(unsafe_code)]
 
 use std::fs;
 use std::path::Path;
 
 /// The most memory the process ever held, in bytes (`VmHWM`), where the system tells.
 pub fn peak() -> Option<u64> {
+    status("VmHWM:")
+}
+
+/// The memory the process holds, in bytes (`VmRSS`), where the system tells.
+pub fn resident() -> Option<u64> {
+    status("VmRSS:")
+}
+
+fn status(key: &str) -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    let line = status.lines().find_map(|l| l.strip_prefix(key))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
+}
+
+/// Gives memory that the allocator keeps for later back to the system, where that can be asked for.
+pub fn trim() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: the call takes no memory and may be made at any time.
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
 
 /// Bytes that programs here may hold altogether, where the system tells.

@@ -1,8 +1,12 @@
-//! From the names that a network wants to the bytes of a file.
+//! From the names that a network wants to the bytes of a file, and their way into memory and out of it.
 #![forbid(unsafe_code)]
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use kernels::layout::Encoding;
 
+use crate::budget::PartPlan;
 use crate::error::{Error, Result};
 use crate::format::ModelFile;
 use crate::graph::weight::{WeightKind, WeightSpec};
@@ -26,4 +30,76 @@ pub fn bytes<'a>(file: &'a ModelFile, wanted: &[WeightSpec]) -> Vec<&'a [u8]> {
     let find =
         |spec: &WeightSpec| file.tensor(&spec.name).expect("a plan is made for tensors that are there");
     wanted.iter().map(|spec| file.bytes(find(spec))).collect()
+}
+
+/// Bytes that the system is asked to read ahead of the step at work.
+const AHEAD_BYTES: usize = 64 << 20;
+
+/// The weights of a network on their way through memory: those that don't stay are asked for ahead of the step that reads
+/// them, and dropped behind it.
+#[derive(Debug)]
+pub struct Stream<'f> {
+    file: &'f ModelFile,
+    /// For each step, where its weights are in the file.
+    ranges: Vec<Vec<Range<usize>>>,
+    /// For each step, whether they stay.
+    resident: Vec<bool>,
+    /// The first step that has not been asked for.
+    asked: AtomicUsize,
+}
+
+impl<'f> Stream<'f> {
+    /// For the steps of `part`.
+    pub fn new(file: &'f ModelFile, part: &PartPlan) -> Self {
+        let wanted = part.plan.weights();
+        let range =
+            |&w: &usize| file.tensor(&wanted[w].name).expect("the plan was made for this file").range();
+        let ranges =
+            part.plan.all_steps().iter().map(|s| merged(s.weights.iter().map(range).collect())).collect();
+        Stream { file, ranges, resident: part.resident.clone(), asked: AtomicUsize::new(0) }
+    }
+
+    /// Step `i` is about to run, the next one of steps `among` that follow each other in a circle.
+    pub fn before(&self, i: usize, among: Range<usize>) {
+        let asked = self.asked.load(Ordering::Relaxed);
+        let mut next = if among.contains(&asked) && asked > i { asked } else { i + 1 };
+        let ahead: usize = self.ranges[i + 1..next.max(i + 1)].iter().flatten().map(|r| r.len()).sum();
+        let mut room = AHEAD_BYTES.saturating_sub(ahead);
+        while next < among.end && room > 0 {
+            if !self.resident[next] {
+                for range in &self.ranges[next] {
+                    self.file.prefetch(range);
+                    room = room.saturating_sub(range.len());
+                }
+            }
+            next += 1;
+        }
+        self.asked.store(next, Ordering::Relaxed);
+    }
+
+    /// Step `i` is done. Fails where the file was cut short.
+    pub fn after(&self, i: usize) -> Result<()> {
+        if !self.resident[i] {
+            self.ranges[i].iter().for_each(|range| self.file.release(range));
+        }
+        Ok(self.file.still_there()?)
+    }
+
+    /// The run is over: nothing stays.
+    pub fn release(&self) {
+        self.ranges.iter().flatten().for_each(|range| self.file.release(range));
+    }
+}
+
+/// Neighbors joined.
+fn merged(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
+    ranges.sort_by_key(|r| r.start);
+    let mut out: Vec<Range<usize>> = vec![];
+    for r in ranges {
+        match out.last_mut() {
+            Some(last) if r.start <= last.end + 4096 => last.end = last.end.max(r.end),
+            _ => out.push(r),
+        }
+    }
+    out
 }

@@ -28,7 +28,7 @@ pub enum Encoding {
     F16,
     /// bfloat16, laid out as [`Encoding::F16`].
     Bf16,
-    /// f32. Tile: `[k/2 = 32][n = 16][2]` f32, 4096 bytes.
+    /// f32. Tile: `[k = 64][n = 16]` f32, 4096 bytes.
     F32,
 }
 

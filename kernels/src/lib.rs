@@ -10,6 +10,7 @@
 
 mod arch;
 pub mod attention;
+pub mod ceilings;
 pub mod cpu;
 pub mod gemm;
 pub mod layout;

@@ -1,26 +1,177 @@
 //! The team that shares the work of one operation.
+//!
+//! Thousands of operations a second, each some microseconds to milliseconds long, are too many for threads that go to sleep
+//! in between: a worker spins for a moment before it parks, and the thread that calls is a worker too. It opens a job,
+//! whoever is awake joins, and when the tasks run out it closes the job and waits for those who joined, not for sleepers.
 
+use std::any::Any;
 use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 
 use crate::layout::ALIGN;
 
 /// Bytes of scratch memory each worker owns.
 pub const SCRATCH_BYTES: usize = 512 * 1024;
 
-/// One worker's scratch memory, aligned for every instruction set.
+/// Spins before a worker parks: some tens of microseconds.
+const SPINS: usize = 1000;
+
+/// A line of a worker's scratch memory, aligned for every instruction set.
 #[repr(C, align(64))]
 struct Line([u8; ALIGN]);
 
 struct Scratch(UnsafeCell<Box<[Line]>>);
 
-// SAFETY: `Workers::for_each` lends the scratch of index i to the pool thread of index i alone, and that thread runs one
-// task at a time.
+// SAFETY: only the worker of index i touches the scratch of index i (`Workers::for_each`), one task at a time.
 unsafe impl Sync for Scratch {}
 
-/// A fixed number of threads with scratch memory of their own.
+/// What every worker of a job runs, with its index. The pointer is good while the job is open or has members.
+type Body = *const (dyn Fn(usize) + Sync);
+
+/// The job at hand: an epoch (32 bits), whether it is open, and how many helpers are in it.
+struct State(AtomicU64);
+
+const OPEN: u64 = 1 << 31;
+const MEMBERS: u64 = OPEN - 1;
+const EPOCH: u64 = 1 << 32;
+
+impl State {
+    /// The epoch of an open job after `seen`.
+    fn open_after(&self, seen: u64) -> Option<u64> {
+        let state = self.0.load(Ordering::SeqCst);
+        let epoch = state / EPOCH;
+        (state & OPEN != 0 && epoch != seen).then_some(epoch)
+    }
+
+    /// Enters the open job of `epoch`, unless it has been closed.
+    fn join(&self, epoch: u64) -> bool {
+        let enter = |state: u64| (state & OPEN != 0 && state / EPOCH == epoch).then_some(state + 1);
+        self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, enter).is_ok()
+    }
+
+    fn leave(&self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Opens the next job. The last one is closed and left.
+    fn open(&self) {
+        let state = self.0.load(Ordering::Relaxed);
+        self.0.store((state / EPOCH + 1).wrapping_mul(EPOCH) | OPEN, Ordering::SeqCst);
+    }
+
+    /// Closes the job and waits until all members have left.
+    fn close(&self) {
+        self.0.fetch_and(!OPEN, Ordering::AcqRel);
+        let mut spins = 0;
+        while self.0.load(Ordering::Acquire) & MEMBERS != 0 {
+            spins += 1;
+            if spins < SPINS {
+                std::hint::spin_loop();
+            } else {
+                std::thread::yield_now();
+            }
+        }
+    }
+}
+
+/// What the caller and its helpers share.
+struct Team {
+    state: State,
+    body: UnsafeCell<Option<Body>>,
+    /// What a helper's task panicked with.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    /// How many helpers are parked or about to be.
+    sleepers: AtomicUsize,
+    /// Whether the team is dismissed.
+    dismissed: Mutex<bool>,
+    wake: Condvar,
+}
+
+// SAFETY: `body` is written by the caller while no job is open or has members, and read by members only.
+unsafe impl Sync for Team {}
+// SAFETY: as above; the pointer is never followed outside a job.
+unsafe impl Send for Team {}
+
+impl Team {
+    /// The life of the helper of index `worker`.
+    fn help(&self, worker: usize) {
+        let mut seen = 0;
+        while let Some(epoch) = self.next(seen) {
+            seen = epoch;
+            if !self.state.join(epoch) {
+                continue;
+            }
+            // SAFETY: this helper is a member, so the caller keeps the body until it leaves.
+            let run = AssertUnwindSafe(|| unsafe {
+                (*(*self.body.get()).expect("an open job has a body"))(worker)
+            });
+            if let Err(panic) = catch_unwind(run) {
+                *lock(&self.panic) = Some(panic);
+            }
+            self.state.leave();
+        }
+    }
+
+    /// Waits for a job after `seen`; none when the team is dismissed.
+    fn next(&self, seen: u64) -> Option<u64> {
+        for _ in 0..SPINS {
+            if let Some(epoch) = self.state.open_after(seen) {
+                return Some(epoch);
+            }
+            std::hint::spin_loop();
+        }
+        let mut dismissed = lock(&self.dismissed);
+        // Counted before the last look: a caller that opens a job after it sees the sleeper.
+        self.sleepers.fetch_add(1, Ordering::SeqCst);
+        let epoch = loop {
+            if *dismissed {
+                break None;
+            }
+            if let Some(epoch) = self.state.open_after(seen) {
+                break Some(epoch);
+            }
+            dismissed = self.wake.wait(dismissed).unwrap_or_else(PoisonError::into_inner);
+        };
+        self.sleepers.fetch_sub(1, Ordering::SeqCst);
+        epoch
+    }
+
+    /// Runs `body` on this thread as worker 0 and on every helper that joins in time.
+    fn run(&self, body: &(dyn Fn(usize) + Sync)) {
+        // SAFETY: only the lifetime changes. The job is closed and left before this function returns, also by a panic.
+        let erased = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Body>(body) };
+        // SAFETY: no job is open and none has members: the caller holds the team's lock, and the last job was closed.
+        unsafe { *self.body.get() = Some(erased) };
+        self.state.open();
+        if self.sleepers.load(Ordering::SeqCst) > 0 {
+            // Under the lock, so that no helper is between its last look and its sleep.
+            let _dismissed = lock(&self.dismissed);
+            self.wake.notify_all();
+        }
+        let own = catch_unwind(AssertUnwindSafe(|| body(0)));
+        self.state.close();
+        let helper = lock(&self.panic).take();
+        if let Some(panic) = own.err().or(helper) {
+            resume_unwind(panic);
+        }
+    }
+}
+
+/// Locks; a panic elsewhere leaves nothing half done in what these locks guard.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A fixed number of threads with scratch memory of their own. The thread that calls is one of them.
 pub struct Workers {
-    pool: rayon::ThreadPool,
+    team: Arc<Team>,
+    helpers: Vec<JoinHandle<()>>,
     scratch: Vec<Scratch>,
+    /// Held during an operation.
+    busy: Mutex<()>,
 }
 
 impl std::fmt::Debug for Workers {
@@ -30,22 +181,29 @@ impl std::fmt::Debug for Workers {
 }
 
 impl Workers {
-    /// A team of `threads` (at least one).
+    /// A team of `threads` (at least one), of which the calling thread is one.
     ///
     /// # Panics
     /// Where the system refuses to start a thread.
     pub fn new(threads: usize) -> Self {
         let threads = threads.max(1);
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .thread_name(|i| format!("sdfast-{i}"))
-            .build()
-            .expect("the system starts threads");
-        let line = || Line([0; ALIGN]);
-        let scratch = (0..threads)
-            .map(|_| Scratch(UnsafeCell::new((0..SCRATCH_BYTES / ALIGN).map(|_| line()).collect())))
-            .collect();
-        Workers { pool, scratch }
+        let team = Arc::new(Team {
+            state: State(AtomicU64::new(0)),
+            body: UnsafeCell::new(None),
+            panic: Mutex::new(None),
+            sleepers: AtomicUsize::new(0),
+            dismissed: Mutex::new(false),
+            wake: Condvar::new(),
+        });
+        let start = |worker: usize| {
+            let team = team.clone();
+            let builder = std::thread::Builder::new().name(format!("sdfast-{worker}"));
+            builder.spawn(move || team.help(worker)).expect("the system starts threads")
+        };
+        let helpers = (1..threads).map(start).collect();
+        let lines = || (0..SCRATCH_BYTES / ALIGN).map(|_| Line([0; ALIGN])).collect();
+        let scratch = (0..threads).map(|_| Scratch(UnsafeCell::new(lines()))).collect();
+        Workers { team, helpers, scratch, busy: Mutex::new(()) }
     }
 
     /// How many threads share the work.
@@ -56,16 +214,21 @@ impl Workers {
     /// Runs `task(i, scratch)` for every `i < tasks`, each once, on whichever worker is free. The scratch memory
     /// ([`SCRATCH_BYTES`], 64-byte aligned) holds whatever an earlier task left there.
     ///
-    /// What `task` computes may depend on `i` alone, so that results don't depend on the number of threads.
+    /// What `task` computes may depend on `i` alone, so that results don't depend on the number of threads. A task can't
+    /// start another operation of its own team: that would wait for itself.
+    ///
+    /// # Panics
+    /// Where a task panics, after all others have ended.
     pub fn for_each(&self, tasks: usize, task: impl Fn(usize, &mut [u8]) + Sync) {
-        use std::sync::atomic::{AtomicUsize, Ordering};
         if tasks == 0 {
             return;
         }
+        let _busy = lock(&self.busy);
         let next = AtomicUsize::new(0);
-        self.pool.broadcast(|worker| {
-            // SAFETY: this pool thread is the only one with this index, and tasks do not nest.
-            let lines = unsafe { &mut *self.scratch[worker.index()].0.get() };
+        let body = |worker: usize| {
+            // SAFETY: one thread at a time is the worker of this index: helper threads have an index each, and worker 0 is
+            // the caller, which holds the lock.
+            let lines = unsafe { &mut *self.scratch[worker].0.get() };
             let scratch: &mut [u8] =
                 // SAFETY: `Line` is plain bytes without padding, so the box is one run of initialized bytes.
                 unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), SCRATCH_BYTES) };
@@ -76,7 +239,23 @@ impl Workers {
                 }
                 task(i, scratch);
             }
-        });
+        };
+        if tasks == 1 || self.helpers.is_empty() {
+            body(0);
+        } else {
+            self.team.run(&body);
+        }
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        *lock(&self.team.dismissed) = true;
+        self.team.wake.notify_all();
+        for helper in self.helpers.drain(..) {
+            // A helper catches the panics of tasks and has none of its own.
+            let _ = helper.join();
+        }
     }
 }
 
@@ -99,6 +278,20 @@ impl<'a, T> Shared<'a, T> {
         Shared { ptr: data.as_mut_ptr(), len: data.len(), life: std::marker::PhantomData }
     }
 
+    /// Asks for the cache lines of elements `start .. start + len`, which are about to be written.
+    #[inline(always)]
+    pub(crate) fn claim(&self, start: usize, len: usize) {
+        #[cfg(target_arch = "x86_64")]
+        for byte in (0..len * size_of::<T>()).step_by(64) {
+            let line = self.ptr.wrapping_add(start).wrapping_byte_add(byte);
+            // SAFETY: a prefetch reads nothing and never faults; where the instruction isn't known it does nothing.
+            unsafe {
+                std::arch::asm!("prefetchw [{}]", in(reg) line, options(nostack, preserves_flags, readonly))
+            };
+        }
+        let _ = (start, len);
+    }
+
     /// The elements `start .. start + len`.
     ///
     /// # Safety
@@ -111,5 +304,76 @@ impl<'a, T> Shared<'a, T> {
         assert!(start <= self.len && len <= self.len - start, "{start} + {len} of {}", self.len);
         // SAFETY: in bounds (checked), and the caller keeps live slices disjoint.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.add(start), len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn every_task_runs_once() {
+        for threads in [1, 2, 5] {
+            let workers = Workers::new(threads);
+            for tasks in [0, 1, 2, 3, 100] {
+                for _ in 0..50 {
+                    let mut counts = vec![0u8; tasks];
+                    let shared = Shared::new(&mut counts);
+                    // SAFETY: each task takes an element of its own.
+                    workers.for_each(tasks, |i, _| unsafe { shared.slice(i, 1) }[0] += 1);
+                    assert!(counts.iter().all(|&n| n == 1), "{threads} threads, {tasks} tasks: {counts:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn parked_helpers_wake_up() {
+        let workers = Workers::new(2);
+        while workers.team.sleepers.load(Ordering::SeqCst) == 0 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let names = Mutex::new(std::collections::HashSet::new());
+        workers.for_each(2, |_, _| {
+            names.lock().unwrap().insert(std::thread::current().id());
+            // Whoever comes first waits for the other.
+            while names.lock().unwrap().len() < 2 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_team_lives_on() {
+        let workers = Workers::new(3);
+        for bad in [0, 5, 9] {
+            let run = || workers.for_each(10, |i, _| assert!(i != bad, "task {bad}"));
+            assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
+        }
+        let sum = AtomicUsize::new(0);
+        workers.for_each(10, |i, _| {
+            sum.fetch_add(i, Ordering::Relaxed);
+        });
+        assert_eq!(sum.into_inner(), 45);
+    }
+
+    #[test]
+    fn callers_take_turns() {
+        let workers = Workers::new(2);
+        let inside = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    for _ in 0..20 {
+                        workers.for_each(4, |_, scratch| {
+                            assert!(inside.fetch_add(1, Ordering::SeqCst) < 2);
+                            scratch.fill(1);
+                            inside.fetch_sub(1, Ordering::SeqCst);
+                        });
+                    }
+                });
+            }
+        });
     }
 }

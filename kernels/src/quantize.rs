@@ -3,6 +3,7 @@
 
 use crate::layout::{Encoding, Q4_GROUP, TILE_K, TILE_N, Weight, WeightShape};
 use crate::{bf16, f16};
+use half::slice::HalfFloatSliceExt;
 
 /// The largest magnitude of an int8 weight.
 const Q8_MAX: f32 = 127.0;
@@ -19,8 +20,9 @@ pub fn encode(encoding: Encoding, shape: WeightShape, src: &[f32], out: &mut [u8
     assert_eq!(out.len(), shape.bytes(encoding), "{encoding:?} weight {shape:?}");
     out.fill(0);
     let panel_bytes = shape.panel_bytes(encoding);
-    // [taps * k_padded]: one output with its padding
+    // [taps * k_padded]: one output with its padding, and its codes
     let mut padded = vec![0.0f32; shape.tiles() * TILE_K];
+    let mut codes = vec![0i8; if encoding.is_integer() { padded.len() } else { 0 }];
     for (n, src) in src.chunks_exact(row.max(1)).enumerate() {
         for (padded, src) in
             padded.chunks_exact_mut(shape.k_padded().max(1)).zip(src.chunks_exact(shape.k.max(1)))
@@ -31,11 +33,11 @@ pub fn encode(encoding: Encoding, shape: WeightShape, src: &[f32], out: &mut [u8
         let (header, tiles) = panel.split_at_mut(encoding.header_bytes(shape));
         let n = n % TILE_N;
         match encoding {
-            Encoding::Q8 => encode_q8(shape, &padded, n, header, tiles),
-            Encoding::Q4 => encode_q4(shape, &padded, n, header, tiles),
-            Encoding::F16 => scatter(&padded, n, tiles, |x| f16::from_f32(x).to_le_bytes()),
-            Encoding::Bf16 => scatter(&padded, n, tiles, |x| bf16::from_f32(x).to_le_bytes()),
-            Encoding::F32 => scatter(&padded, n, tiles, f32::to_le_bytes),
+            Encoding::Q8 => encode_q8(shape, &padded, &mut codes, n, header, tiles),
+            Encoding::Q4 => encode_q4(shape, &padded, &mut codes, n, header, tiles),
+            Encoding::F16 => halves(&padded, n, tiles, |x, out: &mut [f16]| out.convert_from_f32_slice(x)),
+            Encoding::Bf16 => halves(&padded, n, tiles, |x, out: &mut [bf16]| out.convert_from_f32_slice(x)),
+            Encoding::F32 => scatter::<4>(bytemuck::cast_slice(&padded), n, tiles),
         }
     }
 }
@@ -45,9 +47,14 @@ pub(crate) const fn q8_at(k: usize, n: usize) -> usize {
     (k / 4 * TILE_N + n) * 4 + k % 4
 }
 
-/// Element of weight `k` (padded, over all taps) of output `n` among the elements of a float panel.
-pub(crate) const fn float_at(k: usize, n: usize) -> usize {
+/// Element of weight `k` (padded, over all taps) of output `n` among the elements of a 16-bit float panel.
+pub(crate) const fn half_at(k: usize, n: usize) -> usize {
     (k / 2 * TILE_N + n) * 2 + k % 2
+}
+
+/// Element of weight `k` (padded, over all taps) of output `n` among the elements of an f32 panel.
+pub(crate) const fn f32_at(k: usize, n: usize) -> usize {
+    k * TILE_N + n
 }
 
 /// Byte of weight `k` of output `n` among the codes of a [`Encoding::Q4`] panel, and how far its code is shifted.
@@ -55,9 +62,18 @@ pub(crate) const fn q4_at(k: usize, n: usize) -> (usize, u32) {
     ((k / 8 * TILE_N + n) * 4 + k % 4, (k as u32 / 4 % 2) * 4)
 }
 
-fn scatter<const B: usize>(padded: &[f32], n: usize, tiles: &mut [u8], code: impl Fn(f32) -> [u8; B]) {
-    for (k, &x) in padded.iter().enumerate() {
-        tiles[float_at(k, n) * B..][..B].copy_from_slice(&code(x));
+/// Spreads the units of `B` bytes that output `n` has in each block of a tile.
+fn scatter<const B: usize>(row: &[u8], n: usize, tiles: &mut [u8]) {
+    for (unit, block) in row.as_chunks::<B>().0.iter().zip(tiles.chunks_exact_mut(TILE_N * B)) {
+        block[n * B..][..B].copy_from_slice(unit);
+    }
+}
+
+fn halves<T: bytemuck::Pod>(padded: &[f32], n: usize, tiles: &mut [u8], convert: impl Fn(&[f32], &mut [T])) {
+    let mut codes = [T::zeroed(); TILE_K];
+    for (padded, tile) in padded.chunks_exact(TILE_K).zip(tiles.chunks_exact_mut(2 * TILE_K * TILE_N)) {
+        convert(padded, &mut codes);
+        scatter::<4>(bytemuck::cast_slice(&codes), n, tile);
     }
 }
 
@@ -72,48 +88,92 @@ fn write_header(shape: WeightShape, scale: f32, codes: &[i8], n: usize, header: 
 }
 
 fn amax(x: &[f32]) -> f32 {
-    x.iter().fold(0.0, |a, x| a.max(x.abs()))
+    let larger = |a: f32, x: f32| if x.abs() > a { x.abs() } else { a };
+    let (chunks, rest) = x.as_chunks::<16>();
+    let mut lanes = [0.0f32; 16];
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(a, &x)| *a = larger(*a, x));
+    }
+    lanes.iter().chain(rest).fold(0.0, |a, &x| larger(a, x))
 }
 
-fn encode_q8(shape: WeightShape, padded: &[f32], n: usize, header: &mut [u8], tiles: &mut [u8]) {
+/// Added to a number below 2^22, it leaves that number's nearest whole one (ties to even) in the last bits.
+const NEAREST: f32 = 12_582_912.0; // 1.5 * 2^23
+
+fn encode_q8(
+    shape: WeightShape,
+    padded: &[f32],
+    codes: &mut [i8],
+    n: usize,
+    header: &mut [u8],
+    tiles: &mut [u8],
+) {
     let scale = amax(padded) / Q8_MAX;
     let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-    let codes: Vec<i8> =
-        padded.iter().map(|x| (x * inverse).round_ties_even().clamp(-Q8_MAX, Q8_MAX) as i8).collect();
-    write_header(shape, scale, &codes, n, header);
-    for (k, &w) in codes.iter().enumerate() {
-        tiles[q8_at(k, n)] = w as u8;
+    for (code, x) in codes.iter_mut().zip(padded) {
+        *code = ((x * inverse).clamp(-Q8_MAX, Q8_MAX) + NEAREST).to_bits() as i8;
     }
+    write_header(shape, scale, codes, n, header);
+    scatter::<4>(bytemuck::cast_slice(codes), n, tiles);
 }
 
 /// The output's scale makes [`Q4_SCALE_MAX`] the group scale of its widest group; each group takes the integer scale that
 /// leaves the smallest squared error among those around its own width.
-fn encode_q4(shape: WeightShape, padded: &[f32], n: usize, header: &mut [u8], tiles: &mut [u8]) {
+fn encode_q4(
+    shape: WeightShape,
+    padded: &[f32],
+    codes: &mut [i8],
+    n: usize,
+    header: &mut [u8],
+    tiles: &mut [u8],
+) {
     let scale = amax(padded) / (7.0 * Q4_SCALE_MAX as f32);
     let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
     let groups_at = (1 + shape.taps) * TILE_N * 4;
-    let mut codes = vec![0i8; padded.len()];
-    for (g, (group, codes)) in padded.chunks_exact(Q4_GROUP).zip(codes.chunks_exact_mut(Q4_GROUP)).enumerate()
-    {
-        let widest = (amax(group) * inverse / 7.0).round() as i32;
-        let quantize = |x: f32, s: i32| {
-            let low = if 8 * s > 127 { -7.0 } else { -8.0 };
-            (x * inverse / s as f32).round_ties_even().clamp(low, 7.0) as i32
-        };
-        let error = |s: i32| -> f32 {
-            group.iter().map(|&x| (x * inverse - (quantize(x, s) * s) as f32).powi(2)).sum()
-        };
-        let candidates = (widest - 2).clamp(1, Q4_SCALE_MAX)..=(widest + 1).clamp(1, Q4_SCALE_MAX);
-        let s = candidates.min_by(|&a, &b| error(a).total_cmp(&error(b))).expect("at least one candidate");
+    let groups = padded.as_chunks::<Q4_GROUP>().0;
+    for (g, (group, weights)) in groups.iter().zip(codes.as_chunks_mut::<Q4_GROUP>().0).enumerate() {
+        let scaled = group.map(|x| x * inverse);
+        let widest = (amax(&scaled) / 7.0).round() as i32;
+        let (mut s, mut smallest) = (0, f32::INFINITY);
+        for candidate in (widest - 2).clamp(1, Q4_SCALE_MAX)..=(widest + 1).clamp(1, Q4_SCALE_MAX) {
+            let error = q4_error(&scaled, candidate);
+            if error < smallest || s == 0 {
+                (s, smallest) = (candidate, error);
+            }
+        }
         header[groups_at + g * TILE_N + n] = s as u8;
-        for (i, (&x, w)) in group.iter().zip(codes).enumerate() {
-            let code = quantize(x, s);
-            *w = (code * s) as i8;
-            let (at, shift) = q4_at(g * Q4_GROUP + i, n);
-            tiles[at] |= ((code + 8) as u8) << shift;
+        let mut nibbles = [0u8; Q4_GROUP];
+        for ((&x, weight), nibble) in scaled.iter().zip(weights).zip(&mut nibbles) {
+            let code = q4_code(x, s);
+            *weight = (code * s as f32) as i8;
+            *nibble = (code + 8.0) as u8;
+        }
+        for (i, eight) in nibbles.as_chunks::<8>().0.iter().enumerate() {
+            let (at, _) = q4_at(g * Q4_GROUP + 8 * i, n);
+            for (j, byte) in tiles[at..][..4].iter_mut().enumerate() {
+                *byte = eight[j] | eight[4 + j] << 4;
+            }
         }
     }
-    write_header(shape, scale, &codes, n, header);
+    write_header(shape, scale, codes, n, header);
+}
+
+/// The code, less 8, of a weight in units of the output's scale.
+fn q4_code(x: f32, s: i32) -> f32 {
+    let low = if 8 * s > 127 { -7.0 } else { -8.0 };
+    ((x / s as f32 + NEAREST) - NEAREST).clamp(low, 7.0)
+}
+
+/// Squared error of a group under group scale `s`.
+fn q4_error(scaled: &[f32; Q4_GROUP], s: i32) -> f32 {
+    let mut lanes = [0.0f32; 8];
+    for chunk in scaled.as_chunks::<8>().0 {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            let error = x - q4_code(x, s) * s as f32;
+            *lane += error * error;
+        }
+    }
+    lanes.iter().sum()
 }
 
 /// The int8 weights of an integer encoding, `[n, taps * k]` row-major.
@@ -142,7 +202,7 @@ pub fn decode_codes(weight: Weight<'_>) -> Vec<i8> {
 pub fn decode(encoding: Encoding, shape: WeightShape, bytes: &[u8]) -> Vec<f32> {
     let weight = Weight::new(encoding, shape, bytes);
     let half = |n: usize, k: usize| {
-        let at = 2 * float_at(k, n % TILE_N);
+        let at = 2 * half_at(k, n % TILE_N);
         let tiles = weight.panel(n / TILE_N).tiles;
         u16::from_le_bytes([tiles[at], tiles[at + 1]])
     };
@@ -156,7 +216,7 @@ pub fn decode(encoding: Encoding, shape: WeightShape, bytes: &[u8]) -> Vec<f32> 
         Encoding::F16 => gather(shape, |n, k| f16::from_bits(half(n, k)).to_f32()),
         Encoding::Bf16 => gather(shape, |n, k| bf16::from_bits(half(n, k)).to_f32()),
         Encoding::F32 => gather(shape, |n, k| {
-            let at = 4 * float_at(k, n % TILE_N);
+            let at = 4 * f32_at(k, n % TILE_N);
             let bytes = &weight.panel(n / TILE_N).tiles[at..at + 4];
             f32::from_le_bytes(bytes.try_into().expect("four bytes"))
         }),

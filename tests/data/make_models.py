@@ -1,23 +1,25 @@
-"""Tiny Stable Diffusion models with random weights, and what diffusers makes of them in f32.
+"""Stable Diffusion models with random weights, and what diffusers makes of them in f32.
 
-    python make_models.py [--out FOLDER] [NAME ...]
+    python make_models.py                        the tiny models, beside this file
+    python make_models.py --out FOLDER NAME ...  those named; also sd15, sd21, sdxl: of full size, several GB each
 
-writes, for each of the models below, a diffusers folder NAME/ with f16 weights and NAME/golden.safetensors. The networks
-have every part that their large relatives have, at widths of 16 to 64; the latents are 9 x 7, so that each change of
-resolution meets an odd size. Tensors of golden.safetensors (f32, ids int32), the ones that a model has:
+writes, for each model, a diffusers folder NAME/ with f16 weights and NAME/golden.safetensors. The tiny networks have every
+part that their large relatives have, at widths of 16 to 64; their latents are 9 x 7, so that each change of resolution
+meets an odd size. `cargo run --release -p sdfast-tests --example compare -- FOLDER/NAME` compares a model of any size.
+Tensors of golden.safetensors (f32, ids int32), the ones that a model has; latents are h x w:
 
     input_ids, input_ids_2   [2, 77]           of "" and of the metadata's `prompt`, for each tokenizer
     text_embeddings          [2, 77, d]        what the denoiser is conditioned on, both encoders joined
     pooled                   [2, p]            pooled embeddings of the last encoder
-    size_ids                 [2, 5 or 6]       size conditioning of a picture of 56 x 72, not cropped, as fed to the denoiser
-    latents                  [1, in, 9, 7]     input of the denoiser
+    size_ids                 [2, 5 or 6]       size conditioning of a picture of those latents, not cropped, as fed to the denoiser
+    latents                  [1, in, h, w]     input of the denoiser
     timestep                 [2]               one for each pass
     guidance_embedding       [1, g]            input of time_embedding.cond_proj, for a guidance scale of 8
-    prediction               [2, 4, 9, 7]      output of the denoiser for each row of text_embeddings at its timestep
-    vae_latents              [1, 4, 9, 7]      input of the decoder (post_quant_conv), scaling already undone
-    vae_decoded              [1, 3, 72, 56]
-    vae_picture              [1, 3, 72, 56]    in [-1, 1]
-    vae_mean, vae_logvar     [1, 4, 9, 7]
+    prediction               [2, 4, h, w]      output of the denoiser for each row of text_embeddings at its timestep
+    vae_latents              [1, 4, h, w]      input of the decoder (post_quant_conv), scaling already undone
+    vae_decoded              [1, 3, 8h, 8w]
+    vae_picture              [1, 3, 8h, 8w]    in [-1, 1]
+    vae_mean, vae_logvar     [1, 4, h, w]
 
 Weights are drawn from normal distributions scaled by the fan-in, norms and biases included, so that a part left out or
 taken wrongly shows in the output. Needs torch, diffusers, transformers and safetensors.
@@ -26,6 +28,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 
 import torch
 from diffusers import AutoencoderKL, LatentConsistencyModelPipeline, UNet2DConditionModel
@@ -81,21 +84,42 @@ MODELS = {
                      unet=dict(UNET, **CROSS_3, cross_attention_dim=32, attention_head_dim=2, mid_block_type=None, time_cond_proj_dim=16)),
 }
 
+# The published sizes.
+LARGE_VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32)
+LARGE = dict(UNET, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, norm_num_groups=32, sample_size=64,
+             down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
+FULL = {
+    "sd15": dict(pipeline="StableDiffusionPipeline", text=[clip(768, 12, 12, "quick_gelu", 768)], pad=["<|endoftext|>"], scale=0.18215,
+                 latents=(64, 64), vae=LARGE_VAE, unet=dict(LARGE, cross_attention_dim=768, attention_head_dim=8)),
+    "sd21": dict(pipeline="StableDiffusionPipeline", text=[clip(1024, 23, 16, "gelu", 512)], pad=["!"], scale=0.18215, prediction="v_prediction",
+                 latents=(64, 64), vae=LARGE_VAE,
+                 unet=dict(LARGE, cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True)),
+    "sdxl": dict(pipeline="StableDiffusionXLPipeline", text=[clip(768, 12, 12, "quick_gelu", 768), clip(1280, 32, 20, "gelu", 1280)],
+                 pad=["<|endoftext|>", "!"], scale=0.13025, latents=(64, 48), vae=LARGE_VAE,
+                 unet=dict(LARGE, **XL_3 | dict(transformer_layers_per_block=[1, 2, 10], addition_time_embed_dim=256),
+                           cross_attention_dim=2048, attention_head_dim=[5, 10, 20], projection_class_embeddings_input_dim=1280 + 6 * 256)
+                 | dict(block_out_channels=(320, 640, 1280))),
+}
 
-def write_tokenizer(folder, pad):
-    """CLIP's byte-level BPE with a handful of merges: 512 + len(MERGES) + 2 tokens."""
-    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    chars = [chr(b) for b in kept] + [chr(256 + n) for n in range(256 - len(kept))]
-    vocab = chars + [c + "</w>" for c in chars] + [m.replace(" ", "") for m in MERGES] + ["<|startoftext|>", "<|endoftext|>"]
+
+def write_tokenizer(folder, pad, full):
+    """CLIP's byte-level BPE; for tiny models with a handful of merges: 512 + len(MERGES) + 2 tokens."""
     os.makedirs(folder, exist_ok=True)
-    with open(f"{folder}/vocab.json", "w", encoding="utf-8") as f:
-        json.dump({t: i for i, t in enumerate(vocab)}, f, ensure_ascii=False)
-    with open(f"{folder}/merges.txt", "w", encoding="utf-8") as f:
-        f.write("#version: 0.2\n" + "\n".join(MERGES) + "\n")
     special = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token=pad)
     write_json(f"{folder}/special_tokens_map.json", special)
     write_json(f"{folder}/tokenizer_config.json", dict(special, tokenizer_class="CLIPTokenizer", model_max_length=77, do_lower_case=True,
                                                         errors="replace", add_prefix_space=False))
+    if full:
+        for f in ("vocab.json", "merges.txt"):
+            shutil.copy(os.path.join(HERE, "..", "..", "models", "demo", "model", "tokenizer", f), folder)
+        return 49408
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    chars = [chr(b) for b in kept] + [chr(256 + n) for n in range(256 - len(kept))]
+    vocab = chars + [c + "</w>" for c in chars] + [m.replace(" ", "") for m in MERGES] + ["<|startoftext|>", "<|endoftext|>"]
+    with open(f"{folder}/vocab.json", "w", encoding="utf-8") as f:
+        json.dump({t: i for i, t in enumerate(vocab)}, f, ensure_ascii=False)
+    with open(f"{folder}/merges.txt", "w", encoding="utf-8") as f:
+        f.write("#version: 0.2\n" + "\n".join(MERGES) + "\n")
     return len(vocab)
 
 
@@ -145,14 +169,14 @@ def save_part(module, folder):
     save_file(state, f"{folder}/{file}", metadata={"format": "pt"})
 
 
-def text_parts(spec, folder, seed):
+def text_parts(name, spec, folder, seed):
     """(ids, hidden states of the penultimate or the last layer, pooled) of each encoder."""
     out = []
     for i, (settings, pad) in enumerate(zip(spec["text"], spec["pad"])):
         if settings is None:
             continue
         end = "_2" if i else ""
-        vocab = write_tokenizer(f"{folder}/tokenizer{end}", pad)
+        vocab = write_tokenizer(f"{folder}/tokenizer{end}", pad, name in FULL)
         tok = CLIPTokenizer.from_pretrained(f"{folder}/tokenizer{end}")
         config = CLIPTextConfig(vocab_size=vocab, bos_token_id=vocab - 2, eos_token_id=vocab - 1, pad_token_id=1, **settings)
         model = randomize((CLIPTextModelWithProjection if i else CLIPTextModel)(config), seed + i)
@@ -167,10 +191,11 @@ def text_parts(spec, folder, seed):
 @torch.no_grad()
 def make(name, spec, out):
     folder = os.path.join(out, name)
-    seed = 1000 * (1 + list(MODELS).index(name))
+    seed = 1000 * (1 + list(MODELS | FULL).index(name))
+    h, w = spec.get("latents", (9, 7))
     g = torch.Generator().manual_seed(seed + 9)
     golden = {}
-    parts = text_parts(spec, folder, seed)
+    parts = text_parts(name, spec, folder, seed)
     for end, ids, _, _ in parts:
         golden["input_ids" + end] = ids.int()
     context = torch.cat([h for _, _, h, _ in parts], -1)
@@ -178,12 +203,12 @@ def make(name, spec, out):
 
     unet = randomize(UNet2DConditionModel(**spec["unet"]), seed + 2)
     save_part(unet, f"{folder}/unet")
-    x = torch.randn((1, spec["unet"]["in_channels"], 9, 7), generator=g)
+    x = torch.randn((1, spec["unet"]["in_channels"], h, w), generator=g)
     times, predictions = torch.tensor([981., 261.]), []
     more = {}
     if "addition_embed_type" in spec["unet"]:
         golden["pooled"] = parts[-1][3]
-        golden["size_ids"] = torch.tensor([[72., 56., 0., 0., 72., 56.] if len(parts) == 2 else [72., 56., 0., 0., 6.]] * 2)
+        golden["size_ids"] = torch.tensor([[8. * h, 8. * w, 0., 0.] + ([8. * h, 8. * w] if len(parts) == 2 else [6.])] * 2)
     if spec["unet"].get("time_cond_proj_dim"):
         embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
         golden["guidance_embedding"] = embed(None, torch.tensor([8. - 1]), spec["unet"]["time_cond_proj_dim"])
@@ -193,11 +218,12 @@ def make(name, spec, out):
             more["added_cond_kwargs"] = dict(text_embeds=golden["pooled"][i:i + 1], time_ids=golden["size_ids"][i:i + 1])
         predictions.append(unet(x, times[i], context[i:i + 1], **more).sample)
     golden |= dict(latents=x, timestep=times, prediction=torch.cat(predictions))
+    del unet
 
     vae = randomize(AutoencoderKL(**VAE | spec.get("vae", {}), scaling_factor=spec["scale"], sample_size=64), seed + 3)
     save_part(vae, f"{folder}/vae")
-    z = 2 * torch.randn((1, 4, 9, 7), generator=g)
-    picture = (torch.rand((1, 3, 72, 56), generator=g) * 2 - 1).half().float()
+    z = 2 * torch.randn((1, 4, h, w), generator=g)
+    picture = (torch.rand((1, 3, 8 * h, 8 * w), generator=g) * 2 - 1).half().float()
     d = vae.encode(picture).latent_dist
     golden |= dict(vae_latents=z, vae_decoded=vae.decode(z).sample, vae_picture=picture, vae_mean=d.mean, vae_logvar=d.logvar)
 
@@ -226,4 +252,4 @@ if __name__ == "__main__":
     p.add_argument("--out", default=HERE)
     a = p.parse_args()
     for n in a.names:
-        make(n, MODELS[n], a.out)
+        make(n, (MODELS | FULL)[n], a.out)

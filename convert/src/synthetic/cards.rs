@@ -36,7 +36,10 @@ pub fn card(name: &str) -> Option<Card> {
     match name {
         "sd15-inpaint" | "sd2-inpaint" | "sdxl-inpaint" => unet.in_channels = 9,
         "sd15-edit" => unet.in_channels = 8,
-        "sd15-lcm" => unet.time_cond_proj_dim = Some(256),
+        "sd15-lcm" => {
+            unet.time_cond_proj_dim = Some(256);
+            (card.defaults.steps, card.defaults.guidance_scale) = (8, 8.0);
+        }
         // Kim et al. 2023: one residual block per level on the way down; then also without the lowest level.
         "bk-sdm-small" | "bk-sdm-tiny" => {
             unet.down_layers.iter_mut().for_each(|l| l.truncate(1));

@@ -38,8 +38,16 @@ fn unet(cfg: &UnetConfig, sample_size: usize) -> Value {
     let types = |layers: &[Vec<usize>], attention: &str, plain: &str| -> Vec<String> {
         layers.iter().map(|l| if l.iter().any(|&d| d > 0) { attention } else { plain }.to_owned()).collect()
     };
-    let depth: Vec<usize> =
-        cfg.down_layers.iter().map(|l| l.iter().copied().max().unwrap_or(1).max(1)).collect();
+    // A level without attention has any number but the lowest, whose number the middle takes.
+    let mid_depth = cfg.mid_layers.unwrap_or(1).max(1);
+    let depth = |layers: &Vec<usize>| match layers.as_slice() {
+        [0, ..] => json!(mid_depth),
+        [first, rest @ ..] if rest.iter().all(|d| d == first) => json!(first),
+        layers => json!(layers),
+    };
+    let up_mirrors_down = cfg.down_layers.iter().rev().zip(&cfg.up_layers).all(|(d, u)| depth(d) == depth(u));
+    let down_depth: Vec<Value> = cfg.down_layers.iter().map(depth).collect();
+    let up_depth: Vec<Value> = cfg.up_layers.iter().map(depth).collect();
     let mid = match cfg.mid_layers {
         None => Value::Null,
         Some(0) => "UNetMidBlock2D".into(),
@@ -56,7 +64,8 @@ fn unet(cfg: &UnetConfig, sample_size: usize) -> Value {
         "down_block_types": types(&cfg.down_layers, "CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": types(&cfg.up_layers, "CrossAttnUpBlock2D", "UpBlock2D"),
         "mid_block_type": mid,
-        "transformer_layers_per_block": depth,
+        "transformer_layers_per_block": down_depth,
+        "reverse_transformer_layers_per_block": if up_mirrors_down { Value::Null } else { up_depth.into() },
         "attention_head_dim": cfg.num_attention_heads,
         "cross_attention_dim": cfg.cross_attention_dim,
         "norm_num_groups": cfg.norm_num_groups,

@@ -57,6 +57,12 @@ pub enum Error {
         /// What is wrong.
         fault: String,
     },
+    /// The file was cut short while it was in use.
+    #[error("{} was cut short or became unreadable while it was in use", path.display())]
+    Lost {
+        /// The file.
+        path: PathBuf,
+    },
     /// The disk has no room for the whole file.
     #[error("no room for the {needed} bytes of {}", path.display())]
     NoSpace {
@@ -73,7 +79,7 @@ impl Error {
         match self {
             Error::NotSdq { .. } => Some("convert a checkpoint with `sdconv CHECKPOINT`"),
             Error::Version { .. } => Some("convert the checkpoint again with this version's sdconv"),
-            Error::Length { .. } | Error::Damaged { .. } => {
+            Error::Lost { .. } | Error::Length { .. } | Error::Damaged { .. } => {
                 Some("copy or download the file again, or convert the checkpoint again")
             }
             Error::Card { .. } => Some("convert the checkpoint again with this version's sdconv"),

@@ -2,12 +2,31 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 
 /// Maps a whole file for reading.
 pub(super) fn map(file: &File) -> io::Result<memmap2::Mmap> {
     // SAFETY: a private, read-only map of a regular file that the writer publishes by rename and never changes
     // afterwards; who truncates it in place takes the mapping away from this process, as with any mapped program file.
     unsafe { memmap2::Mmap::map(file) }
+}
+
+/// Asks the system to read `range` of `map` from the disk, without waiting for it.
+pub(super) fn prefetch(map: &memmap2::Mmap, range: &Range<usize>) {
+    #[cfg(unix)]
+    let _ = map.advise_range(memmap2::Advice::WillNeed, range.start, range.len()); // a hint: it may be refused
+    #[cfg(not(unix))]
+    let _ = (map, range);
+}
+
+/// Takes the pages of `range` out of this process's memory; the system may keep them in its cache.
+pub(super) fn release(map: &memmap2::Mmap, range: &Range<usize>) {
+    #[cfg(unix)]
+    // SAFETY: a read-only map of a file: dropped pages come back with the same bytes when they are read again.
+    let _ =
+        unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
+    #[cfg(not(unix))]
+    let _ = (map, range);
 }
 
 /// Reads `buffer.len()` bytes from `offset`.

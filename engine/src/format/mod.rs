@@ -4,6 +4,7 @@ mod checksum;
 mod error;
 mod file;
 mod index;
+mod lost;
 mod reader;
 mod writer;
 

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use kernels::layout::Weight;
 
 use super::index::{Index, Part, Tensor};
+use super::lost::Watch;
 use super::{Error, MAGIC, PART_ALIGN, TENSOR_ALIGN, VERSION, checksum::xxh64, file};
 use crate::card::Card;
 use crate::graph::weight::WeightKind;
@@ -31,7 +32,7 @@ pub struct ModelFile {
 
 #[derive(Debug)]
 enum Bytes {
-    Mapped { map: memmap2::Mmap, file: File, path: PathBuf },
+    Mapped { watch: Watch, map: memmap2::Mmap, file: File, path: PathBuf },
     Static(&'static [u8]),
 }
 
@@ -55,7 +56,8 @@ impl ModelFile {
         file::read_exact_at(&file, &mut head, 0).map_err(fail("read"))?;
         check_header(&head, meta.len(), &name)?;
         let map = file::map(&file).map_err(fail("map"))?;
-        ModelFile::check(Bytes::Mapped { map, file, path: path.to_owned() }, &name)
+        let watch = Watch::new(&map);
+        ModelFile::check(Bytes::Mapped { watch, map, file, path: path.to_owned() }, &name)
     }
 
     /// A model that is part of the program; see [`Aligned`].
@@ -180,6 +182,28 @@ impl ModelFile {
                 buffer.copy_from_slice(part);
                 Ok(())
             }
+        }
+    }
+
+    /// Asks the system to have `range` of the file ready soon.
+    pub(crate) fn prefetch(&self, range: &Range<usize>) {
+        if let Bytes::Mapped { map, .. } = &self.bytes {
+            file::prefetch(map, range);
+        }
+    }
+
+    /// Takes `range` of the file out of this process's memory, until it is read again.
+    pub(crate) fn release(&self, range: &Range<usize>) {
+        if let Bytes::Mapped { map, .. } = &self.bytes {
+            file::release(map, range);
+        }
+    }
+
+    /// Fails where parts of the file were gone when they were read: it was cut short after it was opened.
+    pub(crate) fn still_there(&self) -> Result<(), Error> {
+        match &self.bytes {
+            Bytes::Mapped { watch, path, .. } if watch.lost() => Err(Error::Lost { path: path.clone() }),
+            _ => Ok(()),
         }
     }
 

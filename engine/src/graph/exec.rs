@@ -14,12 +14,17 @@ use super::builder::Dims;
 use super::plan::Plan;
 use super::steps::{
     Band, BandOp, Bands, Buf, Extent, NormSpec, Op, OperandBuf, OperandKind, ResidualSpec, RowsBuf, RowsKind,
-    SourceBufs, Step,
+    SourceBufs,
 };
 
-/// The caller asked to stop.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stop;
+/// What goes on around steps.
+pub trait Watch<E> {
+    /// Step `i` is about to run; steps `among` follow each other.
+    fn before(&mut self, i: usize, among: Range<usize>);
+
+    /// Step `i` is done. An error ends the run.
+    fn after(&mut self, i: usize, among: Range<usize>) -> Result<(), E>;
+}
 
 /// A plan, the bytes of its weights, and the memory it runs in.
 pub struct Session<'a> {
@@ -93,24 +98,23 @@ impl<'a> Session<'a> {
         unsafe { self.arena.slice(self.plan.region(rows.buf, 0, self.banks)) }
     }
 
-    /// Runs what depends on inputs of rate `Run` alone. `after` is called after each step and may stop the run.
-    pub fn prologue(&mut self, bank: usize, after: impl FnMut(usize) -> bool) -> Result<(), Stop> {
-        let plan = self.plan;
-        self.run(plan.steps().0, bank, after)
+    /// Runs what depends on inputs of rate `Run` alone.
+    pub fn prologue<E>(&mut self, bank: usize, watch: &mut impl Watch<E>) -> Result<(), E> {
+        let once = self.plan.steps().0.len();
+        self.run(0..once, bank, watch)
     }
 
-    /// Runs the steps of one pass. `after` is called with the number of steps done and may stop the run by `false`.
-    pub fn pass(&mut self, bank: usize, after: impl FnMut(usize) -> bool) -> Result<(), Stop> {
-        let plan = self.plan;
-        self.run(plan.steps().1, bank, after)
+    /// Runs the steps of one pass.
+    pub fn pass<E>(&mut self, bank: usize, watch: &mut impl Watch<E>) -> Result<(), E> {
+        let once = self.plan.steps().0.len();
+        self.run(once..self.plan.all_steps().len(), bank, watch)
     }
 
-    fn run(&mut self, steps: &[Step], bank: usize, mut after: impl FnMut(usize) -> bool) -> Result<(), Stop> {
-        for (i, step) in steps.iter().enumerate() {
-            self.step(&step.op, bank);
-            if !after(i + 1) {
-                return Err(Stop);
-            }
+    fn run<E>(&mut self, steps: Range<usize>, bank: usize, watch: &mut impl Watch<E>) -> Result<(), E> {
+        for i in steps.clone() {
+            watch.before(i, steps.clone());
+            self.step(&self.plan.all_steps()[i].op, bank);
+            watch.after(i, steps.clone())?;
         }
         Ok(())
     }

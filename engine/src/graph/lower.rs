@@ -30,6 +30,8 @@ pub struct Options {
     pub band_bytes: usize,
     /// Bytes of weights that a step may read, unless it is a single layer that has more.
     pub step_weight_bytes: usize,
+    /// Whether the residual stream is bf16 too: half the memory, an error of its own.
+    pub narrow_stream: bool,
     /// As `band_bytes`, for steps that make values again which are not kept as a whole: larger, as bands overlap there.
     pub chain_bytes: usize,
 }
@@ -43,6 +45,7 @@ impl Options {
             threads,
             band_bytes: 1 << 20,
             step_weight_bytes: 32 << 20,
+            narrow_stream: false,
             chain_bytes: 8 << 20,
         }
     }
@@ -75,7 +78,7 @@ pub(super) fn lower(
         remade,
         encodings,
         options,
-        stream: stream_values(network),
+        stream: stream_values(network, options.narrow_stream),
         last_use: last_uses(network),
         stats: HashMap::new(),
         rows: vec![None; network.values.len()],
@@ -105,18 +108,18 @@ pub(super) fn lower(
     Lowered { steps, prologue, bytes, inputs, outputs, rows }
 }
 
-/// Values of the residual stream, which stay f32 in every precision: sums that go on through many layers, what is added to
-/// them, and what the caller writes and reads.
-fn stream_values(network: &Network) -> Vec<bool> {
+/// Values that stay f32 in every precision: what the caller writes and reads, what is added to whole images, and, unless it is
+/// `narrow`, the residual stream: sums that go on through many layers and what is added to them.
+fn stream_values(network: &Network, narrow: bool) -> Vec<bool> {
     let mut stream = vec![false; network.values.len()];
     for (i, node) in network.nodes.iter().enumerate() {
         match *node {
             Node::Input { .. } | Node::Lookup { .. } => stream[i] = true,
             Node::Gemm { residual, image_bias, .. } => {
-                for t in [residual, image_bias].into_iter().flatten() {
+                for t in [residual.filter(|_| !narrow), image_bias].into_iter().flatten() {
                     stream[t.0] = true;
                 }
-                stream[i] |= residual.is_some();
+                stream[i] |= residual.is_some() && !narrow;
             }
             _ => {}
         }
@@ -157,16 +160,20 @@ fn last_uses(network: &Network) -> Vec<(usize, usize)> {
     uses
 }
 
-/// Whether `t` may be made again by each of its readers: a GEMM whose readers are passes, GEMMs and norms.
+/// Whether `t` may be made again by each of its readers: a GEMM that only GEMMs read, past norms and concatenations.
 pub(super) fn can_be_remade(network: &Network, t: Tensor) -> bool {
-    let reads = |n: &Node| n.inputs().contains(&t);
-    matches!(network.nodes[t.0], Node::Gemm { .. })
-        && !network.outputs.iter().any(|(_, o)| *o == t)
-        && network.nodes.iter().filter(|n| reads(n)).all(|n| match n {
-            Node::Gemm { image_bias, .. } => *image_bias != Some(t),
-            Node::GroupNorm { .. } | Node::LayerNorm { .. } | Node::Concat { .. } => true,
-            _ => false,
-        })
+    fn read_by_gemms(network: &Network, t: Tensor) -> bool {
+        let readers = (0..network.nodes.len()).filter(|&i| network.nodes[i].inputs().contains(&t));
+        !network.outputs.iter().any(|(_, o)| *o == t)
+            && readers.into_iter().all(|i| match &network.nodes[i] {
+                Node::Gemm { image_bias, .. } => *image_bias != Some(t),
+                Node::GroupNorm { .. } | Node::LayerNorm { .. } | Node::Concat { .. } => {
+                    read_by_gemms(network, Tensor(i))
+                }
+                _ => false,
+            })
+    }
+    matches!(network.nodes[t.0], Node::Gemm { .. }) && read_by_gemms(network, t)
 }
 
 struct Lowering<'a> {

@@ -6,7 +6,7 @@ use kernels::layout::Encoding;
 use super::arena::{Life, Region, place};
 use super::builder::{Network, Rate, Tensor};
 use super::lower::{Lowered, Options, can_be_remade, lower};
-use super::steps::{Buf, RowsBuf, Step};
+use super::steps::{Buf, Op, RowsBuf, Step};
 use super::weight::{WeightKind, WeightSpec};
 
 /// A network lowered for a precision and the encodings of a file: steps over one arena.
@@ -41,21 +41,24 @@ impl Plan {
         Plan::remaking(network, encodings, options, &[])
     }
 
-    /// As [`Plan::new`], in an arena of at most `bytes` (of one bank), if that can be: values are made again by each of their
+    /// As [`Plan::new`], in an arena of at most `bytes` with `banks`, if that can be: values are made again by each of their
     /// readers, band by band, in place of being kept as a whole, as few and as small as it takes. The result is the same.
+    /// Otherwise the bytes of the smallest arena.
     pub fn fitting(
         network: &Network,
         encodings: &[Option<Encoding>],
         options: Options,
         bytes: usize,
-    ) -> Option<Plan> {
-        let mut remade = vec![];
+        banks: usize,
+    ) -> Result<Plan, usize> {
+        let (mut remade, mut least) = (vec![], usize::MAX);
         loop {
             let plan = Plan::remaking(network, encodings, options, &remade);
-            if plan.arena_bytes(1) <= bytes {
-                return Some(plan);
+            least = least.min(plan.arena_bytes(banks));
+            if least <= bytes {
+                return Ok(plan);
             }
-            remade.push(plan.largest_at_peak(network)?);
+            remade.push(plan.largest_at_peak(network).ok_or(least)?);
         }
     }
 
@@ -108,6 +111,22 @@ impl Plan {
         }
     }
 
+    /// All steps.
+    pub fn all_steps(&self) -> &[Step] {
+        &self.steps
+    }
+
+    /// Bytes of weights that step `i` reads; of tables, what its rows take where the system maps files in pieces of 64 KiB.
+    pub fn step_bytes(&self, i: usize) -> usize {
+        let bytes = |&w: &usize| match (self.weights[w].kind, &self.steps[i].op) {
+            (WeightKind::Table { .. }, Op::Lookup { ids, .. }) => {
+                self.stored_bytes(w).min(self.regions[*ids].bytes / 4 * (64 << 10))
+            }
+            _ => self.stored_bytes(w).next_multiple_of(4096),
+        };
+        self.steps[i].weights.iter().map(bytes).sum()
+    }
+
     /// Steps that run once per run and bank, then the steps of every pass.
     pub fn steps(&self) -> (&[Step], &[Step]) {
         self.steps.split_at(self.prologue)
@@ -126,6 +145,21 @@ impl Plan {
     /// Bytes of the arena with `banks` copies of what outlives a step.
     pub fn arena_bytes(&self, banks: usize) -> usize {
         banks * self.persistent_bytes + self.transient_bytes
+    }
+
+    /// Every buffer of the arena (of one bank), for a drawing: its place, and the first and the last step at which it holds
+    /// something.
+    pub fn buffers(&self) -> impl Iterator<Item = (Region, usize, usize)> + '_ {
+        let used = (0..self.lives.len())
+            .filter(|&i| self.lives[i].bytes > 0 && self.lives[i].first <= self.lives[i].last);
+        used.map(|i| {
+            let (first, last) = (self.lives[i].first, self.lives[i].last);
+            if self.persistent[i] {
+                (self.region(i, 0, 1), 0, self.steps.len())
+            } else {
+                (self.region(i, 0, 1), first, last)
+            }
+        })
     }
 
     /// Where `buf` lies for `bank` of `banks`.

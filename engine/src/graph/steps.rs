@@ -361,6 +361,14 @@ impl Step {
         }
     }
 
+    /// Bands it is cut into.
+    pub fn tiles(&self) -> usize {
+        match &self.op {
+            Op::Bands(b) => b.bands.len(),
+            _ => 1,
+        }
+    }
+
     /// Multiplications and additions of its matrix products.
     pub fn operations(&self, weights: &[WeightSpec]) -> u64 {
         match &self.op {

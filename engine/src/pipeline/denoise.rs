@@ -1,96 +1,84 @@
 //! One noise prediction after another.
 #![forbid(unsafe_code)]
 
-use super::{Conditioning, Memory, OnEvent, Part, Pipeline, Request, layers};
+use super::{Conditioning, OnEvent, Pipeline, Request, Watching};
+use crate::budget::MemoryPlan;
 use crate::card::UnetConfig;
-use crate::error::{Error, Result};
-use crate::graph::{Arena, Plan, Session};
-use crate::models::{UnetInput, unet};
-use crate::weights;
+use crate::error::Result;
+use crate::graph::Session;
+use crate::models::Part;
+use crate::weights::Stream;
 
 /// The denoiser for pictures of one size and one prompt.
 #[derive(Debug)]
 pub struct Denoiser<'p> {
     pipeline: &'p Pipeline,
-    plan: Plan,
-    arena: Option<Arena>,
+    plan: &'p MemoryPlan,
     /// The negative prompt's first, where there is guidance.
     conditioning: Vec<Conditioning>,
     /// One for each conditioning: what the size embedding is made of.
     sizes: Vec<Vec<f32>>,
     guidance_scale: f32,
-    /// `[h * w, c]` per image, in and out.
-    pixels: usize,
-    channels: usize,
 }
 
 /// The denoiser at work: what depends on the prompt alone is computed.
-#[derive(Debug)]
-pub struct Predictor<'s, 'p> {
-    session: Session<'s>,
-    denoiser: &'s Denoiser<'p>,
-    of: usize,
+pub struct Predictor<'s, 'a, 'f> {
+    session: &'s mut Session<'a>,
+    stream: &'s Stream<'f>,
+    unet: &'s UnetConfig,
+    banks: usize,
+    guidance_scale: f32,
+    /// The last prediction for each conditioning, `[h * w, c]`.
+    noises: Vec<Vec<f32>>,
 }
 
 impl<'p> Denoiser<'p> {
-    /// For latents of `h * w`, with one conditioning, or two where there is guidance.
+    /// In the memory of `plan`, with one conditioning, or two where there is guidance.
     pub fn new(
         pipeline: &'p Pipeline,
-        h: usize,
-        w: usize,
+        plan: &'p MemoryPlan,
         conditioning: Vec<Conditioning>,
         request: &Request,
-        memory: &mut Memory,
     ) -> Result<Self> {
-        let cfg = &pipeline.card().unet;
-        let input = UnetInput { batch: conditioning.len(), h, w, tokens: conditioning[0].tokens };
-        let plan = pipeline.plan(&unet(cfg, input))?;
-        let arena = pipeline.arena(plan.arena_bytes(1), memory)?;
-        memory.weights_resident_bytes = plan.weight_bytes() as u64;
-        let sizes = conditioning.iter().map(|c| size_vector(cfg, c, request)).collect();
-        Ok(Denoiser {
-            pipeline,
-            plan,
-            arena: Some(arena),
-            conditioning,
-            sizes,
-            guidance_scale: request.guidance_scale,
-            pixels: h * w,
-            channels: cfg.in_channels,
-        })
+        let sizes = conditioning.iter().map(|c| size_vector(&pipeline.card().unet, c, request)).collect();
+        Ok(Denoiser { pipeline, plan, conditioning, sizes, guidance_scale: request.guidance_scale })
     }
 
     /// Prepares the prompt and calls `work` with the predictor.
     pub fn run<T>(
         &mut self,
         event: &mut OnEvent<'_>,
-        work: impl FnOnce(&mut Predictor<'_, 'p>, &mut OnEvent<'_>) -> Result<T>,
+        work: impl FnOnce(&mut Predictor<'_, '_, '_>, &mut OnEvent<'_>) -> Result<T>,
     ) -> Result<T> {
-        let mut arena = self.arena.take().expect("the arena comes back after each run");
-        let bytes = weights::bytes(&self.pipeline.file, self.plan.weights());
-        let (workers, isa) = (&self.pipeline.workers, self.pipeline.settings.isa);
-        let cfg = &self.pipeline.card().unet;
-        let mut session = Session::new(&self.plan, bytes, &mut arena, 1, workers, isa);
-        let context: Vec<&[f32]> = self.conditioning.iter().map(|c| &c.context[..]).collect();
-        fill(session.input("context", 0), &context);
-        if cfg.addition_embed.is_some() {
-            let sizes: Vec<&[f32]> = self.sizes.iter().map(|s| &s[..]).collect();
-            fill(session.input("size", 0), &sizes);
-        }
-        if let Some(dim) = cfg.time_cond_proj_dim {
-            let row = guidance_embedding(self.guidance_scale, dim);
-            session.input("guidance", 0).chunks_exact_mut(dim).for_each(|r| r.copy_from_slice(&row));
-        }
-        let (once, each) = self.plan.steps();
-        session.prologue(0, layers(event, Part::Denoiser, once.len())).map_err(|_| Error::Stopped)?;
-        let of = each.len();
-        let out = work(&mut Predictor { session, denoiser: self, of }, event);
-        self.arena = Some(arena);
-        out
+        let unet = &self.pipeline.card().unet;
+        let banks = self.plan.part(Part::Unet).banks;
+        let batch = self.conditioning.len() / banks;
+        self.pipeline.session(self.plan, Part::Unet, event, |session, watch| {
+            for bank in 0..banks {
+                let here = bank * batch..(bank + 1) * batch;
+                let context: Vec<&[f32]> =
+                    self.conditioning[here.clone()].iter().map(|c| &c.context[..]).collect();
+                fill(session.input("context", bank), &context);
+                if unet.addition_embed.is_some() {
+                    let sizes: Vec<&[f32]> = self.sizes[here].iter().map(|s| &s[..]).collect();
+                    fill(session.input("size", bank), &sizes);
+                }
+                if let Some(dim) = unet.time_cond_proj_dim {
+                    let row = guidance_embedding(self.guidance_scale, dim);
+                    let rows = session.input("guidance", bank).chunks_exact_mut(dim);
+                    rows.for_each(|r| r.copy_from_slice(&row));
+                }
+                session.prologue(bank, watch)?;
+            }
+            let Watching { stream, event, .. } = watch;
+            let noises = vec![vec![]; self.conditioning.len()];
+            let guidance_scale = self.guidance_scale;
+            work(&mut Predictor { session, stream, unet, banks, guidance_scale, noises }, *event)
+        })
     }
 }
 
-impl Predictor<'_, '_> {
+impl Predictor<'_, '_, '_> {
     /// The network's output at `timestep` for `latents` `[c, h, w]`, after guidance, into `out` `[c, h, w]`.
     pub fn predict(
         &mut self,
@@ -99,43 +87,49 @@ impl Predictor<'_, '_> {
         out: &mut [f32],
         event: &mut OnEvent<'_>,
     ) -> Result<()> {
-        let d = self.denoiser;
-        let (n, c) = (d.pixels, d.channels);
-        for image in self.session.input("latents", 0).chunks_exact_mut(n * c) {
-            to_pixels(latents, c, image);
+        let c = self.unet.in_channels;
+        let dim = self.unet.block_out_channels[0];
+        let batch = self.noises.len() / self.banks;
+        for bank in 0..self.banks {
+            for image in self.session.input("latents", bank).chunks_exact_mut(latents.len()) {
+                to_pixels(latents, c, image);
+            }
+            let rows = self.session.input("time", bank).chunks_exact_mut(dim);
+            rows.for_each(|row| sinusoid(timestep, dim, row));
+            let mut watch = Watching { stream: self.stream, event, part: super::Part::Denoiser };
+            self.session.pass(bank, &mut watch)?;
+            let noise = self.session.output("noise"); // [batch, h * w, c]
+            for (kept, noise) in
+                self.noises[bank * batch..].iter_mut().zip(noise.chunks_exact(noise.len() / batch))
+            {
+                kept.clear();
+                kept.extend_from_slice(noise);
+            }
         }
-        let dim = d.pipeline.card().unet.block_out_channels[0];
-        self.session
-            .input("time", 0)
-            .chunks_exact_mut(dim)
-            .for_each(|row| sinusoid(timestep, dim, 10000.0, true, row));
-        self.session.pass(0, layers(event, Part::Denoiser, self.of)).map_err(|_| Error::Stopped)?;
-        let noise = self.session.output("noise"); // [batch, h * w, c]
-        let c = out.len() / n;
-        match noise.chunks_exact(n * c).collect::<Vec<_>>()[..] {
+        let c = self.unet.out_channels;
+        let n = out.len() / c;
+        match &self.noises[..] {
             [only] => from_pixels(only, c, out),
             [uncond, cond] => {
-                let g = d.guidance_scale;
+                let g = self.guidance_scale;
                 for (i, (u, v)) in uncond.iter().zip(cond).enumerate() {
                     out[i % c * n + i / c] = u + g * (v - u);
                 }
             }
-            _ => unreachable!("one pass or two"),
+            _ => unreachable!("one prompt or two"),
         }
         Ok(())
     }
 
     /// The network's output of the last prediction before guidance, `[c, h, w]` for each conditioning.
     pub fn noises(&self) -> Vec<Vec<f32>> {
-        let noise = self.session.output("noise");
-        let each = noise.len() / self.denoiser.conditioning.len();
-        let c = each / self.denoiser.pixels;
-        let planar = |x| {
-            let mut out = vec![0.0; each];
-            from_pixels(x, c, &mut out);
+        let c = self.unet.out_channels;
+        let planar = |pixels: &Vec<f32>| {
+            let mut out = vec![0.0; pixels.len()];
+            from_pixels(pixels, c, &mut out);
             out
         };
-        noise.chunks_exact(each).map(planar).collect()
+        self.noises.iter().map(planar).collect()
     }
 }
 
@@ -162,14 +156,13 @@ pub(super) fn from_pixels(pixels: &[f32], c: usize, planar: &mut [f32]) {
     }
 }
 
-/// The sinusoidal embedding of `t` (Vaswani et al. 2017): `dim / 2` cosines and as many sines, cosines first where
-/// `cos_first`. In f32 throughout, as diffusers' `get_timestep_embedding` with `flip_sin_to_cos`.
-fn sinusoid(t: f32, dim: usize, period: f32, cos_first: bool, out: &mut [f32]) {
+/// The sinusoidal embedding of `t` (Vaswani et al. 2017): `dim / 2` cosines, then as many sines. In f32 throughout, as
+/// diffusers' `get_timestep_embedding` with `flip_sin_to_cos`.
+fn sinusoid(t: f32, dim: usize, out: &mut [f32]) {
     let half = dim / 2;
     for i in 0..half {
-        let x = t * (-period.ln() * i as f32 / half as f32).exp();
-        let (a, b) = if cos_first { (x.cos(), x.sin()) } else { (x.sin(), x.cos()) };
-        (out[i], out[half + i]) = (a, b);
+        let x = t * (-(10000f32.ln()) * i as f32 / half as f32).exp();
+        (out[i], out[half + i]) = (x.cos(), x.sin());
     }
 }
 
@@ -196,7 +189,7 @@ fn size_vector(cfg: &UnetConfig, conditioning: &Conditioning, request: &Request)
     for x in numbers {
         let at = out.len();
         out.resize(at + embed.time_embed_dim, 0.0);
-        sinusoid(x, embed.time_embed_dim, 10000.0, true, &mut out[at..]);
+        sinusoid(x, embed.time_embed_dim, &mut out[at..]);
     }
     out.resize(embed.projection_input_dim, 0.0);
     out

@@ -9,7 +9,8 @@ mod text;
 pub mod types;
 mod vae;
 
-use std::sync::OnceLock;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use kernels::Workers;
@@ -19,16 +20,18 @@ pub use text::{Conditioning, Prompt};
 pub use types::{Control, Event, Latents, Memory, Noise, Part, Picture, Request, Settings, Timings, Warning};
 pub use vae::Image;
 
+use crate::budget::{self, MemoryPlan};
 use crate::card::Card;
 use crate::error::{Error, Result};
 use crate::format::ModelFile;
-use crate::graph::{Network, Options, Plan};
-use crate::memory;
+use crate::graph::weight::WeightSpec;
+use crate::graph::{Arena, Session, Watch};
 use crate::rng::Rng;
 use crate::sampler::{self, Run};
 use crate::schedule::{Schedule, Spread};
 use crate::text::Tokenizer;
-use crate::weights;
+use crate::weights::{self, Stream};
+use crate::{memory, models};
 
 /// A model, ready to make pictures.
 #[derive(Debug)]
@@ -37,7 +40,7 @@ pub struct Pipeline {
     settings: Settings,
     workers: Workers,
     schedule: Schedule,
-    tokenizer: OnceLock<Tokenizer>,
+    tokenizer: Mutex<Option<Arc<Tokenizer>>>,
     opened: f64,
 }
 
@@ -50,7 +53,7 @@ impl Pipeline {
         let start = Instant::now();
         let workers = Workers::new(settings.threads);
         let schedule = Schedule::new(&file.card().schedule);
-        let tokenizer = OnceLock::new();
+        let tokenizer = Mutex::new(None);
         let opened = start.elapsed().as_secs_f64();
         Ok(Pipeline { file, settings, workers, schedule, tokenizer, opened })
     }
@@ -70,11 +73,11 @@ impl Pipeline {
         &self.settings
     }
 
-    /// `network` lowered for the model's encodings and these settings.
-    fn plan(&self, network: &Network) -> Result<Plan> {
-        let encodings = weights::encodings(&self.file, network.weights())?;
-        let Settings { precision, isa, threads, .. } = self.settings;
-        Ok(Plan::new(network, &encodings, Options::new(precision, isa, threads)))
+    /// What a run over latents of `h * w` will hold, with `prompts` prompts (2 with guidance).
+    pub fn plan(&self, h: usize, w: usize, prompts: usize, encodes: bool) -> Result<MemoryPlan> {
+        let encodings = |wanted: &[WeightSpec]| weights::encodings(&self.file, wanted);
+        let run = budget::Run { h, w, prompts, encodes };
+        budget::plan(self.card(), &encodings, &self.settings, run, budget::budget(&self.settings))
     }
 
     /// Makes a picture. `event` is told of each layer and step and can stop the run.
@@ -82,16 +85,19 @@ impl Pipeline {
         let start = Instant::now();
         request.validate(self.card())?;
         let mut timings = Timings { open_s: self.opened, ..Timings::default() };
-        let mut memory = Memory { budget_bytes: self.settings.ram.unwrap_or(0), ..Memory::default() };
-
         let guided = request.guidance_scale != 1.0;
+        let [c, h, w] = request.latents_shape(self.card());
+        let plan = self.plan(h, w, 1 + usize::from(guided), false)?;
+
         let clock = Instant::now();
         let prompts = self.prompts(request, guided, event)?;
-        let conditioning = self.encode(&prompts, &mut memory, event)?;
+        if !plan.keeps {
+            self.forget_tokenizer();
+        }
+        let conditioning = self.encode(&plan, &prompts, event)?;
         tell(event, Event::Done(Part::Text))?;
         timings.text_s = clock.elapsed().as_secs_f64();
 
-        let [c, h, w] = request.latents_shape(self.card());
         let mut rng = Rng::new(request.noise, request.seed);
         let mut latents = vec![0.0; c * h * w]; // [c, h, w]
         match &request.init_latents {
@@ -106,14 +112,13 @@ impl Pipeline {
         latents.iter_mut().for_each(|x| *x *= sigma);
 
         let timesteps = sampler.timesteps().to_vec();
-        let mut denoiser = Denoiser::new(self, h, w, conditioning, request, &mut memory)?;
-        denoiser.run(event, |denoiser, event| {
+        Denoiser::new(self, &plan, conditioning, request)?.run(event, |predictor, event| {
             let mut input = vec![0.0; latents.len()];
             let mut noise = vec![0.0; latents.len()];
             for (i, &t) in timesteps.iter().enumerate() {
                 let clock = Instant::now();
                 sampler.scale_model_input(&latents, i, &mut input);
-                denoiser.predict(&input, t, &mut noise, event)?;
+                predictor.predict(&input, t, &mut noise, event)?;
                 sampler.step(i, &noise, &mut latents, &mut rng);
                 let seconds = clock.elapsed().as_secs_f64();
                 timings.steps_s.push(seconds);
@@ -121,18 +126,62 @@ impl Pipeline {
             }
             Ok(())
         })?;
-        drop(denoiser);
         tell(event, Event::Done(Part::Denoiser))?;
 
         let clock = Instant::now();
         let latents = Latents { shape: [c, h, w], data: latents };
-        let image = self.decode_with(&latents, &mut memory, event)?;
+        let image = self.decode_with(&plan, &latents, event)?;
         tell(event, Event::Done(Part::Vae))?;
         timings.vae_s = clock.elapsed().as_secs_f64();
         timings.total_s = timings.open_s + start.elapsed().as_secs_f64();
-        memory.measured_peak_bytes = memory::peak();
         let (width, height) = (image.width, image.height);
-        Ok(Picture { width, height, rgb8: image.rgb8(), latents, timings, memory })
+        Ok(Picture { width, height, rgb8: image.rgb8(), latents, timings, memory: Memory::new(&plan) })
+    }
+
+    /// Runs `work` in a session of `part`, and lets go of its memory as the plan says.
+    fn session<T>(
+        &self,
+        plan: &MemoryPlan,
+        part: models::Part,
+        event: &mut OnEvent<'_>,
+        work: impl FnOnce(&mut Session<'_>, &mut Watching<'_, '_, '_>) -> Result<T>,
+    ) -> Result<T> {
+        let part = plan.part(part);
+        let bytes = part.plan.arena_bytes(part.banks);
+        let mut arena = Arena::new(bytes).map_err(|_| Error::NoMemory { bytes })?;
+        let weights = weights::bytes(&self.file, part.plan.weights());
+        let (workers, isa) = (&self.workers, self.settings.isa);
+        let mut session = Session::new(&part.plan, weights, &mut arena, part.banks, workers, isa);
+        let stream = Stream::new(&self.file, part);
+        let kind = match part.part {
+            models::Part::TextEncoder(_) => Part::Text,
+            models::Part::Unet => Part::Denoiser,
+            models::Part::VaeDecoder | models::Part::VaeEncoder => Part::Vae,
+        };
+        let out = work(&mut session, &mut Watching { stream: &stream, event, part: kind });
+        if !plan.keeps {
+            stream.release();
+            memory::trim();
+        }
+        out
+    }
+}
+
+/// What goes on around a session's steps: weights come and go, the caller is told of layers.
+struct Watching<'a, 'f, 'e> {
+    stream: &'a Stream<'f>,
+    event: &'a mut OnEvent<'e>,
+    part: Part,
+}
+
+impl Watch<Error> for Watching<'_, '_, '_> {
+    fn before(&mut self, i: usize, among: Range<usize>) {
+        self.stream.before(i, among);
+    }
+
+    fn after(&mut self, i: usize, among: Range<usize>) -> Result<()> {
+        self.stream.after(i)?;
+        tell(self.event, Event::Layer { part: self.part, done: i + 1 - among.start, of: among.len() })
     }
 }
 
@@ -142,9 +191,4 @@ fn tell(event: &mut OnEvent<'_>, what: Event) -> Result<()> {
         Control::Continue => Ok(()),
         Control::Stop => Err(Error::Stopped),
     }
-}
-
-/// The `after` of a session's pass: tells of layers.
-fn layers<'e>(event: &'e mut OnEvent<'_>, part: Part, of: usize) -> impl FnMut(usize) -> bool + 'e {
-    move |done| event(Event::Layer { part, done, of }) == Control::Continue
 }

@@ -1,13 +1,14 @@
 //! Prompts to what conditions the denoiser.
 #![forbid(unsafe_code)]
 
-use super::{Memory, OnEvent, Part, Pipeline, Request, layers, tell};
+use std::sync::Arc;
+
+use super::{OnEvent, Pipeline, Request, tell};
+use crate::budget::MemoryPlan;
 use crate::error::{Error, Result};
-use crate::graph::{Arena, Session};
-use crate::models;
+use crate::models::Part;
 use crate::pipeline::types::{Event, Warning};
 use crate::text::{Tokenizer, Window};
-use crate::weights;
 
 /// A text, cut into a window for each text encoder.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,12 +32,20 @@ pub struct Conditioning {
 
 impl Pipeline {
     /// The tokenizer, parsed at its first use.
-    pub fn tokenizer(&self) -> Result<&Tokenizer> {
-        if let Some(t) = self.tokenizer.get() {
-            return Ok(t);
+    fn tokenizer(&self) -> Result<Arc<Tokenizer>> {
+        let mut kept = self.tokenizer.lock().expect("nobody panics while holding it");
+        if let Some(t) = &*kept {
+            return Ok(t.clone());
         }
-        let t = Tokenizer::new(self.file.vocab(), self.file.merges())?;
-        Ok(self.tokenizer.get_or_init(|| t))
+        let t = Arc::new(Tokenizer::new(self.file.vocab(), self.file.merges())?);
+        *kept = Some(t.clone());
+        Ok(t)
+    }
+
+    /// Gives the tokenizer's memory back, until it is used again.
+    pub(super) fn forget_tokenizer(&self) {
+        *self.tokenizer.lock().expect("nobody panics while holding it") = None;
+        crate::memory::trim();
     }
 
     /// Cuts `text` into windows.
@@ -72,41 +81,37 @@ impl Pipeline {
         Ok(prompts)
     }
 
-    /// What the text encoders make of each prompt.
+    /// What the text encoders make of each prompt; `plan` is for as many prompts.
     pub fn encode(
         &self,
+        plan: &MemoryPlan,
         prompts: &[Prompt],
-        memory: &mut Memory,
         event: &mut OnEvent<'_>,
     ) -> Result<Vec<Conditioning>> {
         let encoders = &self.card().text_encoders;
-        let batch = prompts.len();
-        let mut out = vec![Conditioning::default(); batch];
+        let mut out = vec![Conditioning::default(); prompts.len()];
         let mut parts: Vec<(usize, Vec<f32>)> = vec![]; // width, [batch, tokens, width]
         for (i, cfg) in encoders.iter().enumerate() {
             let tokens = cfg.max_position_embeddings;
-            let plan = self.plan(&models::clip(i, cfg, batch, cfg.output_layer))?;
-            let mut arena = self.arena(plan.arena_bytes(1), memory)?;
-            let bytes = weights::bytes(&self.file, plan.weights());
-            let mut session = Session::new(&plan, bytes, &mut arena, 1, &self.workers, self.settings.isa);
-            let ids = session.ids("ids");
-            for (row, prompt) in ids.chunks_exact_mut(tokens).zip(prompts) {
-                let window = &prompt.windows[i];
-                if window.ids.iter().any(|&id| id as usize >= cfg.vocab_size) {
-                    return Err(Error::Tokenizer("it has more tokens than the text encoder".into()));
+            let hidden = self.session(plan, Part::TextEncoder(i), event, |session, watch| {
+                for (row, prompt) in session.ids("ids").chunks_exact_mut(tokens).zip(prompts) {
+                    let window = &prompt.windows[i];
+                    if window.ids.iter().any(|&id| id as usize >= cfg.vocab_size) {
+                        return Err(Error::Tokenizer("it has more tokens than the text encoder".into()));
+                    }
+                    row.copy_from_slice(&window.ids);
                 }
-                row.copy_from_slice(&window.ids);
-            }
-            let of = plan.steps().0.len();
-            session.prologue(0, layers(event, Part::Text, of)).map_err(|_| Error::Stopped)?;
-            parts.push((cfg.hidden_size, session.output("hidden").to_vec()));
-            if let Some(dim) = cfg.projection_dim {
-                let pooled = session.output("pooled"); // [batch, tokens, dim]
-                for (b, (c, prompt)) in out.iter_mut().zip(prompts).enumerate() {
-                    let row = b * tokens + prompt.windows[i].end;
-                    c.pooled = pooled[row * dim..][..dim].to_vec();
+                session.prologue(0, watch)?;
+                if let Some(dim) = cfg.projection_dim {
+                    let pooled = session.output("pooled"); // [batch, tokens, dim]
+                    for (b, (c, prompt)) in out.iter_mut().zip(prompts).enumerate() {
+                        let row = b * tokens + prompt.windows[i].end;
+                        c.pooled = pooled[row * dim..][..dim].to_vec();
+                    }
                 }
-            }
+                Ok(session.output("hidden").to_vec())
+            })?;
+            parts.push((cfg.hidden_size, hidden));
         }
         for (b, c) in out.iter_mut().enumerate() {
             c.tokens = encoders[0].max_position_embeddings;
@@ -117,11 +122,5 @@ impl Pipeline {
             }
         }
         Ok(out)
-    }
-
-    /// An arena of `bytes`.
-    pub(super) fn arena(&self, bytes: usize, memory: &mut Memory) -> Result<Arena> {
-        memory.arena_bytes = memory.arena_bytes.max(bytes as u64);
-        Arena::new(bytes).map_err(|_| Error::NoMemory { bytes })
     }
 }

@@ -4,6 +4,7 @@
 use kernels::Isa;
 use serde::Serialize;
 
+use crate::budget::MemoryPlan;
 use crate::card::Card;
 use crate::error::{Error, Result};
 use crate::precision::Precision;
@@ -269,4 +270,18 @@ pub struct Memory {
     pub weights_resident_bytes: u64,
     /// Weights that are read again for every pass.
     pub weights_streamed_bytes: u64,
+}
+
+impl Memory {
+    /// What `plan` says, and what the process has held at most so far.
+    pub fn new(plan: &MemoryPlan) -> Self {
+        Memory {
+            budget_bytes: plan.budget,
+            predicted_peak_bytes: plan.predicted_peak,
+            measured_peak_bytes: crate::memory::peak(),
+            arena_bytes: plan.parts.iter().map(|p| p.arena_bytes()).max().unwrap_or(0),
+            weights_resident_bytes: plan.parts.iter().map(|p| p.resident_bytes).sum(),
+            weights_streamed_bytes: plan.parts.iter().map(|p| p.streamed_bytes).sum(),
+        }
+    }
 }

@@ -2,12 +2,11 @@
 #![forbid(unsafe_code)]
 
 use super::denoise::to_pixels;
-use super::{Latents, Memory, OnEvent, Part, Pipeline, layers};
-use crate::error::{Error, Result};
-use crate::graph::Session;
-use crate::models::vae_decoder;
+use super::{Latents, OnEvent, Pipeline};
+use crate::budget::MemoryPlan;
+use crate::error::Result;
+use crate::models::Part;
 use crate::pipeline::types::Control;
-use crate::weights;
 
 /// What the decoder makes.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,27 +30,36 @@ impl Image {
 impl Pipeline {
     /// Decodes latents as the denoiser sees them.
     pub fn decode(&self, latents: &Latents) -> Result<Image> {
-        self.decode_with(latents, &mut Memory::default(), &mut |_| Control::Continue)
+        let [_, h, w] = latents.shape;
+        self.decode_with(&self.plan(h, w, 1, false)?, latents, &mut |_| Control::Continue)
     }
 
     pub(super) fn decode_with(
         &self,
+        plan: &MemoryPlan,
         latents: &Latents,
-        memory: &mut Memory,
         event: &mut OnEvent<'_>,
     ) -> Result<Image> {
         let cfg = &self.card().vae;
         let [c, h, w] = latents.shape;
-        let plan = self.plan(&vae_decoder(cfg, 1, h, w))?;
-        let mut arena = self.arena(plan.arena_bytes(1), memory)?;
-        let bytes = weights::bytes(&self.file, plan.weights());
-        let mut session = Session::new(&plan, bytes, &mut arena, 1, &self.workers, self.settings.isa);
         let scaled: Vec<f32> =
             latents.data.iter().map(|x| x / cfg.scaling_factor + cfg.shift_factor).collect();
-        to_pixels(&scaled, c, session.input("latents", 0));
-        let of = plan.steps().0.len();
-        session.prologue(0, layers(event, Part::Vae, of)).map_err(|_| Error::Stopped)?;
-        let factor = cfg.factor();
-        Ok(Image { width: w * factor, height: h * factor, data: session.output("image").to_vec() })
+        self.session(plan, Part::VaeDecoder, event, |session, watch| {
+            to_pixels(&scaled, c, session.input("latents", 0));
+            session.prologue(0, watch)?;
+            let factor = cfg.factor();
+            Ok(Image { width: w * factor, height: h * factor, data: session.output("image").to_vec() })
+        })
+    }
+
+    /// Mean and log variance of the latents of `image`, `[h / f * w / f, 2 * latent_channels]`, not scaled.
+    pub fn encode_image(&self, image: &Image) -> Result<Vec<f32>> {
+        let factor = self.card().vae.factor();
+        let plan = self.plan(image.height / factor, image.width / factor, 1, true)?;
+        self.session(&plan, Part::VaeEncoder, &mut |_| Control::Continue, |session, watch| {
+            session.input("image", 0).copy_from_slice(&image.data);
+            session.prologue(0, watch)?;
+            Ok(session.output("moments").to_vec())
+        })
     }
 }

@@ -24,3 +24,15 @@ pub(crate) static KERNELS: &[&GemmKernel] = &[
 /// The table of [`crate::gemm::kernels`].
 #[cfg(not(target_arch = "x86_64"))]
 pub(crate) static KERNELS: &[&GemmKernel] = &[&scalar::GEMM_U8S8, &scalar::GEMM_F32];
+
+/// Asks for the cache line of the first byte of `bytes`, into L2.
+#[inline(always)]
+pub(crate) fn prefetch(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch reads nothing and never faults.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().cast());
+    }
+    let _ = bytes;
+}

@@ -4,14 +4,16 @@
 //! lies, so a row's result is the same in any batch.
 
 use std::ops::Range;
+use std::rc::Rc;
 
 use super::geometry::{Geometry, RowTile};
-use super::steps::{AddTap, Finish, Out, Sums, Unpack, Widen};
+use super::steps::{AddTap, Finish, Out, Sums, Target, Unpack, Widen};
 use super::table::{GemmKernel, Types};
 use super::tile::{TILE_COLUMNS, TileArgs};
 use super::{Activation, Epilogue, Gemm};
 use crate::Workers;
-use crate::layout::{Encoding, TILE_K, TILE_N, Weight};
+use crate::arch::prefetch;
+use crate::layout::{ALIGN, Encoding, TILE_K, TILE_N, Weight};
 use crate::par::{SCRATCH_BYTES, Shared};
 use crate::view::{Operand, RowsMut};
 
@@ -21,8 +23,6 @@ const PAIR: usize = TILE_COLUMNS / TILE_N;
 const BLOCK_ROWS: usize = 128;
 /// Most panel pairs whose sums a task keeps while chunks go by.
 const GROUP_PAIRS: usize = 8;
-/// Most bytes of a pair's unpacked weights.
-const WEIGHT_BYTES: usize = 64 * 1024;
 /// Fewest tasks a call is cut into, where its panels allow.
 const TASKS: usize = 16;
 
@@ -64,7 +64,7 @@ struct Buffers<'s> {
     rows: &'s mut [u8],
     /// `[PAIR][chunk][16]` of the kernel's weights, where they are unpacked.
     weights: &'s mut [u8],
-    /// `[GROUP_PAIRS][BLOCK_ROWS]`, or one tile.
+    /// `[GROUP_PAIRS][BLOCK_ROWS]`, or two tiles.
     products: &'s mut [[i32; TILE_COLUMNS]],
     /// `[GROUP_PAIRS][BLOCK_ROWS]`, where taps are added up.
     sums: &'s mut [[f32; TILE_COLUMNS]],
@@ -84,13 +84,13 @@ pub(super) fn run(
     );
     let unpacks = !matches!(
         (weight.encoding, kernel.types),
-        (Encoding::Q8, Types::U8S8) | (Encoding::Bf16, Types::Bf16)
+        (Encoding::Q8, Types::U8S8) | (Encoding::Bf16, Types::Bf16) | (Encoding::F32, Types::F32)
     );
     let by_tap = match operand {
         Operand::U8 { scale, .. } => weight.shape.taps > 1 && scale.len() != 1,
         _ => false,
     };
-    let chunks = chunks(&weight, kernel, widens, unpacks, by_tap);
+    let chunks = chunks(&weight, kernel, widens, by_tap);
     let keeps = !chunks.iter().all(|chunk| chunk.first && chunk.last);
     let geometry = Geometry::new(&input, &filter, kernel.mr, epilogue.image_bias.is_some(), rows);
     let out = match out {
@@ -120,14 +120,11 @@ pub(super) fn run(
     });
 }
 
-/// Cuts the inputs so that what is widened or unpacked fits its buffer.
-fn chunks(weight: &Weight<'_>, kernel: &GemmKernel, widens: bool, unpacks: bool, by_tap: bool) -> Vec<Chunk> {
+/// Cuts the inputs so that a pair's weights stay where the kernel wants them, and widened rows fit their buffer.
+fn chunks(weight: &Weight<'_>, kernel: &GemmKernel, widens: bool, by_tap: bool) -> Vec<Chunk> {
     let shape = weight.shape;
     let padded = shape.k_padded();
-    let mut most = padded;
-    if unpacks {
-        most = most.min(WEIGHT_BYTES / (TILE_COLUMNS * kernel.types.weight_bytes()));
-    }
+    let mut most = (kernel.pair_bytes / (TILE_COLUMNS * kernel.types.weight_bytes())).min(padded);
     if widens {
         most = most.min(rows_bytes() / (BLOCK_ROWS * kernel.types.row_bytes()));
     }
@@ -155,10 +152,10 @@ const fn rows_bytes() -> usize {
 impl<'a> Plan<'a> {
     fn cut<'s>(&self, scratch: &'s mut [u8]) -> Buffers<'s> {
         let (rows, scratch) = scratch.split_at_mut(if self.widens { rows_bytes() } else { 0 });
-        let (weights, scratch) = scratch.split_at_mut(if self.unpacks { WEIGHT_BYTES } else { 0 });
+        let (weights, scratch) = scratch.split_at_mut(if self.unpacks { self.kernel.pair_bytes } else { 0 });
         let pairs = if self.widens { GROUP_PAIRS } else { 1 };
         let kept = pairs * BLOCK_ROWS;
-        let products = if self.keeps { kept } else { self.kernel.mr };
+        let products = if self.keeps { kept } else { 2 * self.kernel.mr };
         let sums = if self.by_tap { kept } else { 0 };
         let (products, scratch) = scratch.split_at_mut(products * TILE_COLUMNS * 4);
         let sums = &mut scratch[..sums * TILE_COLUMNS * 4];
@@ -176,47 +173,104 @@ impl<'a> Plan<'a> {
         if self.chunks.is_empty() {
             buffers.products[..self.kernel.mr].fill([0; TILE_COLUMNS]);
             for pair in pairs {
-                let columns = Columns::new(self, pair);
+                let columns = Columns::new(self, pair, None);
                 for tile in tiles {
                     self.finish(&columns, tile, &buffers.products[..tile.rows], None);
                 }
             }
             return;
         }
+        // A tile is settled after the next one has been multiplied, so that a multiplier with a long pipeline is never idle.
+        let mut pending: Option<Pending> = None;
+        let mut odd = false;
         for (c, chunk) in self.chunks.iter().enumerate() {
             if self.widens {
                 self.widen(buffers.rows, tiles, chunk);
             }
             for (i, pair) in pairs.clone().enumerate() {
-                let columns = Columns::new(self, pair);
+                let columns = Rc::new(Columns::new(self, pair, Some(chunk)));
                 let (b, b_stride) = self.weights(buffers.weights, pair, columns.panels, chunk);
-                let offset =
-                    if self.by_tap { columns.offset(self, chunk.tap..chunk.tap + 1) } else { [0; _] };
+                let mut ahead = self.ahead(c, pair, &pairs, tiles.len());
                 let mut row = 0;
                 for tile in tiles {
+                    ahead.prefetch();
                     let kept = i * BLOCK_ROWS + row;
-                    let at = if self.keeps { kept } else { 0 };
+                    let at = if self.keeps { kept } else { usize::from(odd) * self.kernel.mr };
+                    odd = !odd;
+                    let finishes = c + 1 == self.chunks.len();
+                    if finishes {
+                        // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
+                        unsafe { (self.kernel.steps.claim)(&self.target(&columns, tile), tile.rows) };
+                    }
+                    // A single tile comes back to its own products.
+                    if let Some(pending) = pending.take_if(|pending| pending.at == at) {
+                        self.settle(buffers.products, buffers.sums, &pending);
+                    }
                     let products = &mut buffers.products[at..at + tile.rows];
                     self.multiply(products, buffers.rows, row, tile, b, b_stride, columns.panels, chunk);
                     row += tile.rows;
-                    if !chunk.last {
-                        continue;
-                    }
-                    let mut sums = None;
-                    if self.by_tap {
-                        let kept = &mut buffers.sums[kept..kept + tile.rows];
-                        let (scale, scale_step) = self.row_scale(tile, chunk.tap);
-                        let tap =
-                            AddTap { products, offset: &offset, scale, scale_step, first: chunk.tap == 0 };
-                        // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
-                        unsafe { (self.kernel.steps.add_tap)(&tap, kept) };
-                        sums = Some(&*kept);
-                    }
-                    if c + 1 == self.chunks.len() {
-                        self.finish(&columns, tile, products, sums);
+                    if chunk.last {
+                        let next = Pending {
+                            columns: columns.clone(),
+                            tile: *tile,
+                            tap: chunk.tap,
+                            at,
+                            kept,
+                            finishes,
+                        };
+                        if let Some(pending) = pending.replace(next) {
+                            self.settle(buffers.products, buffers.sums, &pending);
+                        }
                     }
                 }
             }
+        }
+        if let Some(pending) = pending {
+            self.settle(buffers.products, buffers.sums, &pending);
+        }
+    }
+
+    /// The weights that come after those of `pair` in chunk `c`, to be fetched in `steps` steps.
+    fn ahead(&self, c: usize, pair: usize, pairs: &Range<usize>, steps: usize) -> Ahead<'a> {
+        let (c, pair) = if pair + 1 < pairs.end {
+            (c, pair + 1)
+        } else if c + 1 < self.chunks.len() {
+            (c + 1, pairs.start)
+        } else {
+            (0, pairs.end)
+        };
+        let chunk = &self.chunks[c];
+        let tile_bytes = self.weight.encoding.tile_bytes();
+        let first = (chunk.tap * self.weight.shape.k_padded() + chunk.k) / TILE_K * tile_bytes;
+        let panels = [0, 1].map(|p| match pair * PAIR + p {
+            panel if panel < self.weight.shape.panels() => {
+                &self.weight.panel(panel).tiles[first..first + chunk.len / TILE_K * tile_bytes]
+            }
+            _ => &[],
+        });
+        let step = panels[0].len().div_ceil(steps.max(1)).next_multiple_of(ALIGN);
+        Ahead { panels, step }
+    }
+
+    /// Adds the products of a tile to the sums over its taps, and finishes it after the last chunk.
+    fn settle(
+        &self,
+        products: &[[i32; TILE_COLUMNS]],
+        sums: &mut [[f32; TILE_COLUMNS]],
+        Pending { columns, tile, tap, at, kept, finishes }: &Pending,
+    ) {
+        let products = &products[*at..at + tile.rows];
+        let mut sum = None;
+        if self.by_tap {
+            let sums = &mut sums[*kept..kept + tile.rows];
+            let (scale, scale_step) = self.row_scale(tile, *tap);
+            let tap = AddTap { products, offset: &columns.offset, scale, scale_step, first: *tap == 0 };
+            // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
+            unsafe { (self.kernel.steps.add_tap)(&tap, sums) };
+            sum = Some(&*sums);
+        }
+        if *finishes {
+            self.finish(columns, tile, products, sum);
         }
     }
 
@@ -325,6 +379,19 @@ impl<'a> Plan<'a> {
         }
     }
 
+    /// Where `tile` goes.
+    fn target(&self, columns: &Columns, tile: &RowTile) -> Target<'_> {
+        let activation = self.epilogue.activation;
+        Target {
+            out: &self.out,
+            ldo: activation.columns(self.weight.shape.n),
+            row: tile.row,
+            row_step: self.geometry.row_step,
+            column: activation.columns(columns.first),
+            columns: activation.columns(columns.inputs),
+        }
+    }
+
     /// Finishes `tile` from its products, or from the sums over its taps.
     fn finish(
         &self,
@@ -357,16 +424,44 @@ impl<'a> Plan<'a> {
             activation,
             residual: self.epilogue.residual,
             accumulate: self.epilogue.accumulate,
-            out: &self.out,
-            ldo: activation.columns(n),
-            row: tile.row,
-            row_step: self.geometry.row_step,
-            column: activation.columns(columns.first),
-            columns: activation.columns(columns.inputs),
+            target: self.target(columns, tile),
         };
         // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
         unsafe { (self.kernel.steps.finish)(&finish) };
     }
+}
+
+/// Weights that will be wanted soon. The loads of wide tiles wait for memory one after another, so it is asked early.
+struct Ahead<'a> {
+    /// What is still to be fetched of each panel.
+    panels: [&'a [u8]; PAIR],
+    /// Bytes of a panel to be fetched in a step.
+    step: usize,
+}
+
+impl Ahead<'_> {
+    fn prefetch(&mut self) {
+        for panel in &mut self.panels {
+            let (now, later) = panel.split_at(self.step.min(panel.len()));
+            for line in now.chunks(ALIGN) {
+                prefetch(line);
+            }
+            *panel = later;
+        }
+    }
+}
+
+/// A tile whose products are there.
+struct Pending {
+    columns: Rc<Columns>,
+    tile: RowTile,
+    tap: usize,
+    /// First row of its products.
+    at: usize,
+    /// First row of its sums over taps.
+    kept: usize,
+    /// Whether all its inputs have been met.
+    finishes: bool,
 }
 
 /// What the tiles of a panel pair have in common.
@@ -379,12 +474,12 @@ struct Columns {
     inputs: usize,
     scale: [f32; TILE_COLUMNS],
     bias: [f32; TILE_COLUMNS],
-    /// 128 times the sum of each output's weights.
+    /// 128 times the sum of each output's weights: over the tap at hand where taps are added up, else over all.
     offset: [i32; TILE_COLUMNS],
 }
 
 impl Columns {
-    fn new(plan: &Plan<'_>, pair: usize) -> Columns {
+    fn new(plan: &Plan<'_>, pair: usize, chunk: Option<&Chunk>) -> Columns {
         let shape = plan.weight.shape;
         let first = pair * TILE_COLUMNS;
         let inputs = TILE_COLUMNS.min(shape.n - first);
@@ -397,8 +492,11 @@ impl Columns {
                 columns.scale[p * TILE_N..][..TILE_N].copy_from_slice(&scale);
             }
         }
-        if plan.kernel.types.is_integer() && !plan.by_tap {
-            columns.offset = columns.offset(plan, 0..shape.taps);
+        if plan.kernel.types.is_integer() {
+            columns.offset = match chunk {
+                Some(chunk) if plan.by_tap => columns.offset(plan, chunk.tap..chunk.tap + 1),
+                _ => columns.offset(plan, 0..shape.taps),
+            };
         }
         if let Some(bias) = plan.epilogue.bias {
             columns.bias[..inputs].copy_from_slice(&bias[first..first + inputs]);

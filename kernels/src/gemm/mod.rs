@@ -144,7 +144,12 @@ pub fn gemm_with(workers: &Workers, kernel: &'static GemmKernel, call: Gemm<'_>)
 
 fn run(workers: &Workers, kernel: &'static GemmKernel, call: Gemm<'_>, rows: Option<Range<usize>>) {
     assert!(kernel.isa.is_available(), "{} on a machine without {}", kernel.name, kernel.isa.name());
-    assert!(kernel.suits(&call.operand), "{} for {:?}", kernel.name, call.weight.encoding);
+    assert!(
+        kernel.suits(&call.operand, call.weight.encoding),
+        "{} for {:?}",
+        kernel.name,
+        call.weight.encoding
+    );
     driver::check(&call, rows.as_ref());
     driver::run(workers, kernel, call, rows);
 }

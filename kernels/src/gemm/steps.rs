@@ -17,6 +17,7 @@ pub(crate) struct Steps {
     pub(crate) unpack: unsafe fn(&Unpack<'_>, &mut [u8]),
     pub(crate) add_tap: unsafe fn(&AddTap<'_>, &mut [[f32; TILE_COLUMNS]]),
     pub(crate) finish: unsafe fn(&Finish<'_>),
+    pub(crate) claim: unsafe fn(&Target<'_>, usize),
 }
 
 /// Compiles the steps for a tier: `steps!(#[target_feature(...)] NAME)`.
@@ -40,7 +41,11 @@ macro_rules! steps {
             fn finish_tile(args: &Finish<'_>) {
                 finish(args)
             }
-            Steps { widen: widen_rows, unpack: unpack_tiles, add_tap: add_one_tap, finish: finish_tile }
+            $(#[$attribute])*
+            fn claim_rows(target: &Target<'_>, rows: usize) {
+                claim(target, rows)
+            }
+            Steps { widen: widen_rows, unpack: unpack_tiles, add_tap: add_one_tap, finish: finish_tile, claim: claim_rows }
         };
     };
 }
@@ -89,103 +94,146 @@ pub(crate) fn unpack(args: &Unpack<'_>, out: &mut [u8]) {
     let out_bytes = TILE_N * TILE_K * args.types.weight_bytes();
     for (i, out) in out.chunks_exact_mut(out_bytes).take(args.tiles).enumerate() {
         let codes = &args.panel.tiles[(args.first + i) * tile_bytes..][..tile_bytes];
-        match args.encoding {
-            Encoding::Q8 => spread_q8(codes, args.types, out),
-            Encoding::Q4 if args.types == Types::U8S8 => {
-                unpack_q4(codes, args.panel.groups(args.first + i), out)
-            }
-            Encoding::Q4 => {
+        match (args.encoding, args.types) {
+            (Encoding::Q8, Types::U8S8) => out.copy_from_slice(codes),
+            (Encoding::Q4, Types::U8S8) => unpack_q4(codes, args.panel.groups(args.first + i), out),
+            (Encoding::Q8, types) => spread_q8(codes, types, out),
+            (Encoding::Q4, types) => {
                 let mut wide = [0; TILE_N * TILE_K];
                 unpack_q4(codes, args.panel.groups(args.first + i), &mut wide);
-                spread_q8(&wide, args.types, out);
+                spread_q8(&wide, types, out);
             }
-            Encoding::F16 => spread_float(codes, args.types, out, |x| f16_to_f32(u16::from_le_bytes(x))),
-            Encoding::Bf16 => {
-                spread_float(codes, args.types, out, |x| from_bf16(bf16::from_bits(u16::from_le_bytes(x))))
-            }
-            Encoding::F32 => spread_float(codes, args.types, out, f32::from_le_bytes),
+            (Encoding::F16, types) => spread_half(codes, types, out, f16_to_f32),
+            (Encoding::Bf16, types) => spread_half(codes, types, out, |bits| f32::from_bits(bits << 16)),
+            (Encoding::F32, Types::F32) => out.copy_from_slice(codes),
+            (Encoding::F32, types) => unreachable!("f32 weights are met in f32, not in {types:?}"),
         }
     }
+}
+
+/// A word of each output, from a block of 64 bytes.
+#[inline(always)]
+fn words(block: &[u8; 4 * TILE_N]) -> [u32; TILE_N] {
+    lanes(|n| u32::from_le_bytes([block[4 * n], block[4 * n + 1], block[4 * n + 2], block[4 * n + 3]]))
+}
+
+/// A reference that the optimizer knows nothing of. Loops over blocks have one each round, or they would be turned inside
+/// out: a vector made of one lane of many blocks.
+#[inline(always)]
+fn opaque<T>(block: &T) -> &T {
+    std::hint::black_box(block)
+}
+
+/// `[f(0), f(1), ...]`. The functions of the standard library are not always inlined, and then not of the tier.
+#[inline(always)]
+fn lanes<T: Copy + Default, const N: usize>(f: impl Fn(usize) -> T) -> [T; N] {
+    let mut out = [T::default(); N];
+    for (n, out) in out.iter_mut().enumerate() {
+        *out = f(n);
+    }
+    out
 }
 
 /// A `Q4` tile to a `Q8` tile. Two weights of one output lie side by side in each 16-bit lane, and a product modulo 2^16
 /// holds a product modulo 2^8 of either half.
 #[inline(always)]
 fn unpack_q4(codes: &[u8], groups: &[u8], out: &mut [u8]) {
-    const BLOCK: usize = TILE_N * 4;
-    for (i, (codes, out)) in codes.chunks_exact(BLOCK).zip(out.chunks_exact_mut(2 * BLOCK)).enumerate() {
-        let groups = &groups[i * 8 / Q4_GROUP * TILE_N..][..TILE_N];
-        let mut scale = [0u16; BLOCK / 2];
-        for (n, s) in scale.chunks_exact_mut(2).enumerate() {
-            s.fill(u16::from(groups[n]));
-        }
-        let (low, high) = out.split_at_mut(BLOCK);
-        for (i, scale) in scale.iter().enumerate() {
-            let pair = u16::from_le_bytes([codes[2 * i], codes[2 * i + 1]]);
-            let times = |codes: u16| {
-                let even = (codes & 0xFF).wrapping_sub(8).wrapping_mul(*scale);
-                let odd = (codes & 0xFF00).wrapping_sub(0x0800).wrapping_mul(*scale);
-                (even & 0xFF | odd & 0xFF00).to_le_bytes()
-            };
-            low[2 * i..2 * i + 2].copy_from_slice(&times(pair & 0x0F0F));
-            high[2 * i..2 * i + 2].copy_from_slice(&times(pair >> 4 & 0x0F0F));
+    const LANES: usize = 2 * TILE_N;
+    const BLOCK: usize = 4 * TILE_N;
+    let (groups, _) = groups.as_chunks::<TILE_N>();
+    let (out, _) = out.as_chunks_mut::<BLOCK>();
+    let (out, _) = out.as_chunks_mut::<2>();
+    for (i, (codes, [low, high])) in codes.as_chunks::<BLOCK>().0.iter().zip(out).enumerate() {
+        let codes = opaque(codes);
+        let group = &groups[i * 8 / Q4_GROUP];
+        let scale: [u16; LANES] = lanes(|lane| u16::from(group[lane / 2]));
+        let codes: [u16; LANES] = lanes(|lane| u16::from_le_bytes([codes[2 * lane], codes[2 * lane + 1]]));
+        for (shift, out) in [(0, low), (4, high)] {
+            let mut weights = [0u16; LANES];
+            for lane in 0..LANES {
+                let codes = codes[lane] >> shift & 0x0F0F;
+                let even = (codes & 0xFF).wrapping_sub(8).wrapping_mul(scale[lane]);
+                let odd = (codes & 0xFF00).wrapping_sub(0x0800).wrapping_mul(scale[lane]);
+                weights[lane] = even & 0xFF | odd & 0xFF00;
+            }
+            for (out, weights) in out.as_chunks_mut::<2>().0.iter_mut().zip(weights) {
+                *out = weights.to_le_bytes();
+            }
         }
     }
 }
 
-/// An int8 tile `[k/4][16][4]` as i16, bf16 `[k/2][16][2]` or f32 `[k][16]`.
+/// An int8 tile `[k/4][16][4]` as i16 or bf16 `[k/2][16][2]`, or as f32 `[k][16]`.
 #[inline(always)]
 fn spread_q8(codes: &[u8], types: Types, out: &mut [u8]) {
-    for (codes, out) in
-        codes.chunks_exact(4 * TILE_N).zip(out.chunks_exact_mut(4 * TILE_N * types.weight_bytes()))
-    {
-        match types {
-            Types::U8S8 => out.copy_from_slice(codes),
-            Types::S16S16 => {
-                let (low, high) = bytemuck::cast_slice_mut::<u8, i16>(out).split_at_mut(2 * TILE_N);
-                for n in 0..TILE_N {
-                    let w = |j: usize| i16::from(codes[4 * n + j] as i8);
-                    (low[2 * n], low[2 * n + 1]) = (w(0), w(1));
-                    (high[2 * n], high[2 * n + 1]) = (w(2), w(3));
-                }
+    let (codes, _) = codes.as_chunks::<{ 4 * TILE_N }>();
+    let out: &mut [u32] = bytemuck::cast_slice_mut(out);
+    let out = out.as_chunks_mut::<TILE_N>().0;
+    /// Weight `j` of each output.
+    #[inline(always)]
+    fn weights(words: &[u32; TILE_N], j: u32) -> [i32; TILE_N] {
+        lanes(|n| (words[n] << (24 - 8 * j)) as i32 >> 24)
+    }
+    #[inline(always)]
+    fn pairs(low: [u32; TILE_N], high: [u32; TILE_N]) -> [u32; TILE_N] {
+        lanes(|n| low[n] & 0xFFFF | high[n] << 16)
+    }
+    match types {
+        Types::U8S8 => unreachable!("int8 weights are read where they lie"),
+        Types::S16S16 => {
+            for (codes, [low, high]) in codes.iter().zip(out.as_chunks_mut::<2>().0) {
+                let words = words(opaque(codes));
+                let w = |j| {
+                    let w = weights(&words, j);
+                    lanes(|n| w[n] as u32)
+                };
+                *low = pairs(w(0), w(1));
+                *high = pairs(w(2), w(3));
             }
-            Types::Bf16 => {
-                let (low, high) = bytemuck::cast_slice_mut::<u8, u16>(out).split_at_mut(2 * TILE_N);
-                for n in 0..TILE_N {
-                    // An int8 has no more bits than a bfloat16's significand.
-                    let w = |j: usize| (f32::from(codes[4 * n + j] as i8).to_bits() >> 16) as u16;
-                    (low[2 * n], low[2 * n + 1]) = (w(0), w(1));
-                    (high[2 * n], high[2 * n + 1]) = (w(2), w(3));
-                }
+        }
+        Types::Bf16 => {
+            for (codes, [low, high]) in codes.iter().zip(out.as_chunks_mut::<2>().0) {
+                let words = words(opaque(codes));
+                // An int8 has no more bits than a bfloat16's significand: the low half of the f32 is zero.
+                let w = |j| {
+                    let w = weights(&words, j);
+                    lanes(|n| (w[n] as f32).to_bits() >> 16)
+                };
+                *low = pairs(w(0), w(1));
+                *high = pairs(w(2), w(3));
             }
-            Types::F32 => {
-                for (j, out) in bytemuck::cast_slice_mut::<u8, f32>(out).chunks_exact_mut(TILE_N).enumerate()
-                {
-                    for (n, out) in out.iter_mut().enumerate() {
-                        *out = f32::from(codes[4 * n + j] as i8);
-                    }
-                }
+        }
+        Types::F32 => {
+            for (codes, out) in codes.iter().zip(out.as_chunks_mut::<4>().0) {
+                let words = words(opaque(codes));
+                let w = |j| {
+                    let w = weights(&words, j);
+                    lanes(|n| (w[n] as f32).to_bits())
+                };
+                *out = [w(0), w(1), w(2), w(3)];
             }
         }
     }
 }
 
-/// A float tile `[k/2][16][2]` as bf16 `[k/2][16][2]` or f32 `[k][16]`.
+/// A 16-bit float tile `[k/2][16][2]` as bf16 `[k/2][16][2]` or f32 `[k][16]`.
 #[inline(always)]
-fn spread_float<const B: usize>(codes: &[u8], types: Types, out: &mut [u8], value: impl Fn([u8; B]) -> f32) {
-    let at = |block: &[u8], i: usize| value(block[i * B..][..B].try_into().expect("B bytes"));
-    let blocks =
-        codes.chunks_exact(2 * TILE_N * B).zip(out.chunks_exact_mut(2 * TILE_N * types.weight_bytes()));
-    for (codes, out) in blocks {
-        if types == Types::Bf16 {
-            for (i, out) in bytemuck::cast_slice_mut::<u8, u16>(out).iter_mut().enumerate() {
-                *out = to_bf16(at(codes, i)).to_bits();
-            }
-        } else {
-            let (even, odd) = bytemuck::cast_slice_mut::<u8, f32>(out).split_at_mut(TILE_N);
-            for n in 0..TILE_N {
-                (even[n], odd[n]) = (at(codes, 2 * n), at(codes, 2 * n + 1));
-            }
+fn spread_half(codes: &[u8], types: Types, out: &mut [u8], value: impl Fn(u32) -> f32) {
+    let (codes, _) = codes.as_chunks::<{ 4 * TILE_N }>();
+    let out: &mut [u32] = bytemuck::cast_slice_mut(out);
+    let out = out.as_chunks_mut::<TILE_N>().0;
+    if types == Types::Bf16 {
+        for (codes, out) in codes.iter().zip(out) {
+            let words = words(opaque(codes));
+            let low: [u32; TILE_N] = lanes(|n| bf16_bits(value(words[n] & 0xFFFF)));
+            let high: [u32; TILE_N] = lanes(|n| bf16_bits(value(words[n] >> 16)));
+            *out = lanes(|n| low[n] | high[n] << 16);
+        }
+    } else {
+        for (codes, [low, high]) in codes.iter().zip(out.as_chunks_mut::<2>().0) {
+            let words = words(opaque(codes));
+            *low = lanes(|n| value(words[n] & 0xFFFF).to_bits());
+            *high = lanes(|n| value(words[n] >> 16).to_bits());
         }
     }
 }
@@ -238,18 +286,9 @@ pub(crate) enum Out<'a> {
     Bf16(Shared<'a, bf16>),
 }
 
-/// A tile to be finished.
+/// The place of a tile in the output.
 #[derive(Debug)]
-pub(crate) struct Finish<'a> {
-    pub(crate) sums: Sums<'a>,
-    /// Scale of each column.
-    pub(crate) scale: &'a [f32; TILE_COLUMNS],
-    /// Added to each column.
-    pub(crate) bias: &'a [f32; TILE_COLUMNS],
-    pub(crate) activation: Activation,
-    pub(crate) residual: Option<Rows<'a>>,
-    /// Whether the rows are added to what `out` holds.
-    pub(crate) accumulate: bool,
+pub(crate) struct Target<'a> {
     /// `[m, ldo]`.
     pub(crate) out: &'a Out<'a>,
     /// Columns of a row of `out`.
@@ -264,14 +303,48 @@ pub(crate) struct Finish<'a> {
     pub(crate) columns: usize,
 }
 
+impl Target<'_> {
+    /// First element of row `r`.
+    #[inline(always)]
+    fn at(&self, r: usize) -> usize {
+        (self.row + r * self.row_step) * self.ldo + self.column
+    }
+}
+
+/// Asks for the cache lines that a tile of `rows` rows will be written to.
+#[inline(always)]
+pub(crate) fn claim(target: &Target<'_>, rows: usize) {
+    for r in 0..rows {
+        match target.out {
+            Out::F32(out) => out.claim(target.at(r), target.columns),
+            Out::Bf16(out) => out.claim(target.at(r), target.columns),
+        }
+    }
+}
+
+/// A tile to be finished.
+#[derive(Debug)]
+pub(crate) struct Finish<'a> {
+    pub(crate) sums: Sums<'a>,
+    /// Scale of each column.
+    pub(crate) scale: &'a [f32; TILE_COLUMNS],
+    /// Added to each column.
+    pub(crate) bias: &'a [f32; TILE_COLUMNS],
+    pub(crate) activation: Activation,
+    pub(crate) residual: Option<Rows<'a>>,
+    /// Whether the rows are added to what `out` holds.
+    pub(crate) accumulate: bool,
+    pub(crate) target: Target<'a>,
+}
+
 #[inline(always)]
 pub(crate) fn finish(args: &Finish<'_>) {
     match args.activation {
         Activation::None => finish_rows(args, |y| y),
-        Activation::Silu => finish_rows(args, |y| y.map(activate::silu)),
-        Activation::Gelu => finish_rows(args, |y| y.map(activate::gelu)),
-        Activation::GeluTanh => finish_rows(args, |y| y.map(activate::gelu_tanh)),
-        Activation::QuickGelu => finish_rows(args, |y| y.map(activate::quick_gelu)),
+        Activation::Silu => finish_rows(args, |y| lanes(|n| activate::silu(y[n]))),
+        Activation::Gelu => finish_rows(args, |y| lanes(|n| activate::gelu(y[n]))),
+        Activation::GeluTanh => finish_rows(args, |y| lanes(|n| activate::gelu_tanh(y[n]))),
+        Activation::QuickGelu => finish_rows(args, |y| lanes(|n| activate::quick_gelu(y[n]))),
         Activation::Geglu => finish_rows(args, |mut y| {
             let (value, gate) = y.split_at_mut(TILE_N);
             for (value, gate) in value.iter_mut().zip(gate) {
@@ -292,7 +365,7 @@ fn finish_rows(args: &Finish<'_>, activation: impl Fn([f32; TILE_COLUMNS]) -> [f
         let mut y = match args.sums {
             Sums::Integer { sums, offset, scale, scale_step } => {
                 let scale = scale[r * scale_step];
-                std::array::from_fn(|n| (sums[r][n] - offset[n]) as f32 * scale)
+                lanes(|n| (sums[r][n] - offset[n]) as f32 * scale)
             }
             Sums::Float(sums) => sums[r],
         };
@@ -300,42 +373,43 @@ fn finish_rows(args: &Finish<'_>, activation: impl Fn([f32; TILE_COLUMNS]) -> [f
             *y = *y * scale + bias;
         }
         let mut y = activation(y);
-        let at = (args.row + r * args.row_step) * args.ldo + args.column;
+        let at = args.target.at(r);
+        let columns = args.target.columns;
         match args.residual {
             Some(Rows::F32(rows)) => {
-                for (y, &x) in y.iter_mut().zip(&rows[at..at + args.columns]) {
+                for (y, &x) in y.iter_mut().zip(&rows[at..at + columns]) {
                     *y += x;
                 }
             }
             Some(Rows::Bf16(rows)) => {
-                for (y, &x) in y.iter_mut().zip(&rows[at..at + args.columns]) {
+                for (y, &x) in y.iter_mut().zip(&rows[at..at + columns]) {
                     *y += from_bf16(x);
                 }
             }
             None => {}
         }
-        match args.out {
+        match args.target.out {
             Out::F32(out) => {
                 // SAFETY: this task alone finishes these rows and columns, one row at a time.
-                let out = unsafe { out.slice(at, args.columns) };
+                let out = unsafe { out.slice(at, columns) };
                 if args.accumulate {
                     y.iter_mut().zip(&*out).for_each(|(y, x)| *y += x);
                 }
                 match <&mut [f32; TILE_COLUMNS]>::try_from(&mut *out) {
                     Ok(out) => *out = y,
-                    Err(_) => out.copy_from_slice(&y[..args.columns]),
+                    Err(_) => out.copy_from_slice(&y[..columns]),
                 }
             }
             Out::Bf16(out) => {
                 // SAFETY: as above.
-                let out = unsafe { out.slice(at, args.columns) };
+                let out = unsafe { out.slice(at, columns) };
                 if args.accumulate {
                     y.iter_mut().zip(&*out).for_each(|(y, &x)| *y += from_bf16(x));
                 }
-                let y = y.map(to_bf16);
+                let y: [bf16; TILE_COLUMNS] = lanes(|n| to_bf16(y[n]));
                 match <&mut [bf16; TILE_COLUMNS]>::try_from(&mut *out) {
                     Ok(out) => *out = y,
-                    Err(_) => out.copy_from_slice(&y[..args.columns]),
+                    Err(_) => out.copy_from_slice(&y[..columns]),
                 }
             }
         }
@@ -349,21 +423,27 @@ fn from_bf16(x: bf16) -> f32 {
 
 /// Rounds to nearest, ties to even. NaN stays NaN.
 #[inline(always)]
-fn to_bf16(x: f32) -> bf16 {
+fn bf16_bits(x: f32) -> u32 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
-    bf16::from_bits(if x.is_nan() { (bits >> 16 | 0x40) as u16 } else { rounded as u16 })
+    if x.is_nan() { bits >> 16 | 0x40 } else { rounded }
 }
 
-/// Exact, without a table or a branch: the bits are moved into place and the exponent corrected by a product with 2^112,
-/// which also normalizes subnormals. Infinity and NaN are completed by hand.
 #[inline(always)]
-fn f16_to_f32(bits: u16) -> f32 {
-    let magnitude = u32::from(bits & 0x7FFF);
-    let finite = f32::from_bits(magnitude << 13) * f32::from_bits((127 + 112) << 23);
-    let special = f32::from_bits(0x7F80_0000 | magnitude << 13);
-    let x = if magnitude >= 0x7C00 { special } else { finite };
-    f32::from_bits(x.to_bits() | u32::from(bits & 0x8000) << 16)
+fn to_bf16(x: f32) -> bf16 {
+    bf16::from_bits(bf16_bits(x) as u16)
+}
+
+/// Exact, of selections only: a normal number's bits are moved into place and its exponent corrected; a subnormal's
+/// significand is an integer times 2^-24.
+#[inline(always)]
+fn f16_to_f32(bits: u32) -> f32 {
+    const REBIAS: u32 = (127 - 15) << 23;
+    let magnitude = bits & 0x7FFF;
+    let normal = (magnitude << 13) + if magnitude >= 0x7C00 { 2 * REBIAS } else { REBIAS };
+    let subnormal = (magnitude as i32 as f32 * (1.0 / (1 << 24) as f32)).to_bits();
+    let x = if magnitude < 0x400 { subnormal } else { normal };
+    f32::from_bits(x | (bits & 0x8000) << 16)
 }
 
 #[cfg(test)]
@@ -374,7 +454,7 @@ mod tests {
     #[test]
     fn conversions_agree_with_the_half_crate() {
         for bits in 0..=u16::MAX {
-            let (a, b) = (f16_to_f32(bits), f16::from_bits(bits).to_f32());
+            let (a, b) = (f16_to_f32(u32::from(bits)), f16::from_bits(bits).to_f32());
             assert!(a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan(), "{bits:04x}: {a} {b}");
             let x = f32::from_bits(u32::from(bits) << 16 | u32::from(bits.rotate_left(3)));
             assert!(to_bf16(x) == bf16::from_f32(x) || x.is_nan() && to_bf16(x).is_nan(), "{x}");

@@ -4,6 +4,7 @@
 use super::steps::Steps;
 use super::tile::TileFn;
 use crate::Isa;
+use crate::layout::Encoding;
 use crate::view::Operand;
 
 /// What the tile function of a kernel multiplies.
@@ -34,6 +35,15 @@ impl Types {
         self.row_bytes()
     }
 
+    /// [`GemmKernel::pair_bytes`] of the kernels that work by broadcasting. Bytes that are multiplied four at a time leave
+    /// L2 the time to deliver; wider types want to find their weights in L1.
+    pub(crate) const fn broadcast_pair_bytes(self) -> usize {
+        match self {
+            Types::U8S8 => 128 * 1024,
+            Types::S16S16 | Types::Bf16 | Types::F32 => 16 * 1024,
+        }
+    }
+
     /// Whether sums are i32.
     pub const fn is_integer(self) -> bool {
         matches!(self, Types::U8S8 | Types::S16S16)
@@ -55,21 +65,36 @@ pub struct GemmKernel {
     pub nr: usize,
     /// `k` is a multiple of this.
     pub kr: usize,
+    /// Most bytes of a chunk's weights under [`TILE_COLUMNS`](super::tile::TILE_COLUMNS) columns, as the tile reads them:
+    /// they stay in the cache while the rows of a block pass by.
+    pub(crate) pair_bytes: usize,
     /// The function.
     pub(crate) tile: TileFn,
+    /// The multiplications of a tile without its loads.
+    pub(crate) peak: Peak,
     /// What stands around the tiles, compiled for the same tier.
     pub(crate) steps: &'static Steps,
     /// Called by a thread that has run tiles and is about to do something else.
     pub(crate) leave: fn(),
 }
 
+/// A kernel's multiplications on registers, independent enough that nothing but the multipliers bounds them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Peak {
+    /// Runs this many rounds. Unsafe to call where the machine lacks the tier.
+    pub(crate) run: unsafe fn(usize),
+    /// Operations of a round; a multiplication and its addition are two.
+    pub(crate) ops: usize,
+}
+
 impl GemmKernel {
-    /// Whether rows of this kind can be its left operand.
-    pub fn suits(&self, operand: &Operand<'_>) -> bool {
+    /// Whether it can multiply these rows by weights of this encoding without losing a part of either, but for the last
+    /// bits of [`Encoding::F16`] in [`Types::Bf16`].
+    pub fn suits(&self, operand: &Operand<'_>, encoding: Encoding) -> bool {
         match operand {
-            Operand::U8 { .. } => self.types.is_integer(),
-            Operand::Bf16(_) => matches!(self.types, Types::Bf16 | Types::F32),
-            Operand::F32(_) => self.types == Types::F32,
+            Operand::U8 { .. } => self.types.is_integer() && encoding.is_integer(),
+            Operand::Bf16(_) if self.types == Types::Bf16 => encoding != Encoding::F32,
+            Operand::Bf16(_) | Operand::F32(_) => self.types == Types::F32,
         }
     }
 }

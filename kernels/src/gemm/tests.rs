@@ -146,7 +146,7 @@ impl Case {
         let expected = reference::epilogue(&sums, self.n, self.input.batch, &epilogue);
         let magnitude = magnitudes.iter().fold(1.0f64, |a, &b| a.max(b));
         let mut integers: Option<Vec<f32>> = None;
-        for kernel in kernels_here().filter(|kernel| kernel.suits(&left.view())) {
+        for kernel in kernels_here().filter(|kernel| kernel.suits(&left.view(), self.encoding)) {
             let workers = Workers::new(1);
             let (mut out, mut out_bf16) = (vec![f32::NAN; m * columns], vec![bf16::NAN; m * columns]);
             let target = if self.bf16_out { RowsMut::Bf16(&mut out_bf16) } else { RowsMut::F32(&mut out) };
@@ -159,7 +159,7 @@ impl Case {
             if self.activation != Activation::None {
                 budget += magnitude * magnitude * ACTIVATION_BUDGET;
             }
-            if kernel.types == Types::Bf16 && matches!(self.encoding, Encoding::F16 | Encoding::F32) {
+            if kernel.types == Types::Bf16 && self.encoding == Encoding::F16 {
                 budget += magnitude * BF16_ROUNDING;
             }
             for (i, (&y, &e)) in out.iter().zip(&expected).enumerate() {
@@ -330,7 +330,7 @@ fn rows_are_independent() {
                 Rank::F32 => Operand::F32(&left.f32[a..b]),
             }
         };
-        for kernel in kernels_here().filter(|kernel| kernel.suits(&left.view())) {
+        for kernel in kernels_here().filter(|kernel| kernel.suits(&left.view(), encoding)) {
             let run = |threads: usize, first: usize, rows: usize| {
                 let mut out = vec![f32::NAN; rows * n];
                 let call = Gemm {

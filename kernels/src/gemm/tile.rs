@@ -102,6 +102,36 @@ pub(crate) unsafe fn broadcast_tile<L: Lanes, const R: usize, const V: usize>(t:
     }
 }
 
+/// Accumulators of [`broadcast_peak`]: enough to hide the latency, few enough for 16 registers.
+const PEAK_CHAINS: usize = 12;
+
+/// Operations of a round of [`broadcast_peak`].
+pub(crate) const fn peak_ops<L: Lanes>() -> usize {
+    2 * PEAK_CHAINS * L::COLUMNS * L::K
+}
+
+/// Multiplies registers `rounds` times.
+///
+/// # Safety
+/// The machine has the instruction set.
+#[inline(always)]
+pub(crate) unsafe fn broadcast_peak<L: Lanes>(rounds: usize) {
+    let bytes = [1u8; 64];
+    // SAFETY: no vector is longer than 64 bytes.
+    unsafe {
+        let (a, b) = (L::splat_a(bytes.as_ptr()), L::load_b(bytes.as_ptr()));
+        let mut acc = [L::zero(); PEAK_CHAINS];
+        for _ in 0..rounds {
+            // Hidden from the optimizer, which would else take products out of the loop.
+            let b = std::hint::black_box(b);
+            for acc in &mut acc {
+                *acc = L::multiply(*acc, a, b);
+            }
+        }
+        std::hint::black_box(acc);
+    }
+}
+
 /// A tile function and its row of the table, from the [`broadcast_tile`] of `$lanes`: one instance for each number of rows
 /// and each number of panels, `$v` vectors.
 macro_rules! broadcast_kernel {
@@ -122,7 +152,16 @@ macro_rules! broadcast_kernel {
             mr: $mr,
             nr: $nr,
             kr: <$lanes as $crate::gemm::tile::Lanes>::K,
+            pair_bytes: $crate::gemm::table::Types::$types.broadcast_pair_bytes(),
             tile: $name,
+            peak: {
+                $(#[$attribute])*
+                unsafe fn peak(rounds: usize) {
+                    // SAFETY: the caller has the instruction set.
+                    unsafe { $crate::gemm::tile::broadcast_peak::<$lanes>(rounds) }
+                }
+                $crate::gemm::table::Peak { run: peak, ops: $crate::gemm::tile::peak_ops::<$lanes>() }
+            },
             steps: $steps,
             leave: || (),
         };

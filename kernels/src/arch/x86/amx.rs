@@ -9,7 +9,7 @@ use std::cell::Cell;
 
 use super::avx512;
 use crate::Isa;
-use crate::gemm::table::{GemmKernel, Types};
+use crate::gemm::table::{GemmKernel, Peak, Types};
 use crate::gemm::tile::{TILE_COLUMNS, TileArgs};
 
 /// Rows of a tile register.
@@ -19,6 +19,9 @@ const ROW_BYTES: usize = 64;
 
 /// Bytes from row to row of the sums.
 const C_STRIDE: usize = TILE_COLUMNS * 4;
+
+/// Bytes of a chunk's weights: as much again of the rows fits in L1 beside them.
+const PAIR_BYTES: usize = 20 * 1024;
 
 /// The operand of `ldtilecfg`.
 #[repr(C, align(64))]
@@ -162,6 +165,45 @@ macro_rules! tile_function {
 tile_function!(gemm_u8s8_32x32_amx, "tdpbusd", 1);
 tile_function!(gemm_bf16_32x32_amx, "tdpbf16ps", 2);
 
+/// A function that multiplies registers `rounds` times.
+macro_rules! peak_function {
+    ($name:ident, $op:literal) => {
+        unsafe fn $name(rounds: usize) {
+            configure([16; 2]);
+            // SAFETY: the caller vouches for AMX; the block touches no memory.
+            unsafe {
+                asm!(
+                    "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                    "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
+                    "test {rounds}, {rounds}",
+                    "jz 3f",
+                    "2:",
+                    concat!($op, " tmm0, tmm4, tmm6"),
+                    concat!($op, " tmm1, tmm4, tmm7"),
+                    concat!($op, " tmm2, tmm5, tmm6"),
+                    concat!($op, " tmm3, tmm5, tmm7"),
+                    "dec {rounds}",
+                    "jnz 2b",
+                    "3:",
+                    rounds = inout(reg) rounds => _,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack, nomem),
+                )
+            }
+            release();
+        }
+    };
+}
+
+peak_function!(peak_u8s8, "tdpbusd");
+peak_function!(peak_bf16, "tdpbf16ps");
+
+/// Operations of one round of a peak function on elements of `bytes`.
+const fn peak_ops(bytes: usize) -> usize {
+    2 * 4 * ROWS * 16 * ROW_BYTES / bytes
+}
+
 pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     name: "gemm_u8s8_32x32_amx",
     isa: Isa::Amx,
@@ -169,7 +211,9 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     mr: 2 * ROWS,
     nr: 32,
     kr: ROW_BYTES,
+    pair_bytes: PAIR_BYTES,
     tile: gemm_u8s8_32x32_amx,
+    peak: Peak { run: peak_u8s8, ops: peak_ops(1) },
     steps: &avx512::STEPS,
     leave: release,
 };
@@ -181,7 +225,9 @@ pub(crate) static GEMM_BF16: GemmKernel = GemmKernel {
     mr: 2 * ROWS,
     nr: 32,
     kr: ROW_BYTES / 2,
+    pair_bytes: PAIR_BYTES,
     tile: gemm_bf16_32x32_amx,
+    peak: Peak { run: peak_bf16, ops: peak_ops(2) },
     steps: &avx512::STEPS,
     leave: release,
 };

@@ -1,0 +1,205 @@
+//! `sdfast plan`
+
+use std::fmt::Write;
+
+use convert::synthetic;
+use engine::budget::{self, MemoryPlan, PartPlan, Run};
+use engine::card::{Card, Family};
+use engine::format::ModelFile;
+use engine::graph::weight::WeightSpec;
+use engine::pipeline::{Memory, Request};
+use engine::weights;
+use serde::Serialize;
+
+use crate::args::Plan;
+use crate::failure::{Failure, Result};
+use crate::output::Output;
+use crate::{model, size, terminal};
+
+/// `plan --json`
+#[derive(Debug, Serialize)]
+struct Report {
+    version: &'static str,
+    model: Model,
+    memory: Memory,
+    parts: Vec<Part>,
+}
+
+#[derive(Debug, Serialize)]
+struct Model {
+    family: Family,
+    quant: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file_bytes: Option<u64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Part {
+    name: &'static str,
+    arena_bytes: u64,
+    weights_bytes: u64,
+    weights_resident_bytes: u64,
+    bytes_read_per_pass: u64,
+    /// Bands of the step that is cut into most.
+    tiles: usize,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    layers: Vec<Layer>,
+}
+
+#[derive(Debug, Serialize)]
+struct Layer {
+    name: String,
+    kind: &'static str,
+    weights_bytes: usize,
+    resident: bool,
+    operations: u64,
+    tiles: usize,
+}
+
+pub(crate) fn run(arguments: &Plan) -> Result<()> {
+    let settings = model::settings(&arguments.machine)?;
+    let (card, file): (Card, Option<ModelFile>) = match &arguments.family {
+        Some(name) => (family(name)?, None),
+        None => {
+            let (file, _) = model::open(arguments.model.as_deref())?;
+            (file.card().clone(), Some(file))
+        }
+    };
+    let mut request = Request::new("", &card);
+    request.width = arguments.width.unwrap_or(request.width);
+    request.height = arguments.height.unwrap_or(request.height);
+    request.guidance_scale = arguments.cfg.unwrap_or(request.guidance_scale);
+    request.validate(&card)?;
+    let [_, h, w] = request.latents_shape(&card);
+    let prompts = if request.guidance_scale == 1.0 { 1 } else { 2 };
+    let quant = arguments.quant.into();
+    let encodings = |wanted: &[WeightSpec]| match &file {
+        Some(file) => weights::encodings(file, wanted),
+        None => Ok(convert::encodings(quant, wanted)),
+    };
+    let run = Run { h, w, prompts, encodes: false };
+    let plan = budget::plan(&card, &encodings, &settings, run, budget::budget(&settings))?;
+
+    if let Some(path) = &arguments.svg {
+        let neediest = plan.parts.iter().max_by_key(|p| p.arena_bytes()).expect("a run has networks");
+        Output::new(path.clone())?.write(drawing(neediest).as_bytes())?;
+    }
+    let verbose = arguments.voice.verbose;
+    let report = Report {
+        version: env!("CARGO_PKG_VERSION"),
+        model: Model {
+            family: card.family,
+            quant: file.as_ref().map_or(quant.name(), |f| &f.card().provenance.quant).to_owned(),
+            file_bytes: file.as_ref().map(ModelFile::file_bytes),
+        },
+        memory: Memory { measured_peak_bytes: None, ..Memory::new(&plan) },
+        parts: plan.parts.iter().map(|p| part(p, verbose)).collect(),
+    };
+    if arguments.json {
+        terminal::print(&serde_json::to_string_pretty(&report).expect("a report is plain data"));
+    } else {
+        terminal::print(&text(&report, &plan, &request));
+    }
+    Ok(())
+}
+
+/// The card of a published model.
+pub(crate) fn family(name: &str) -> Result<Card> {
+    synthetic::card(name).ok_or_else(|| {
+        Failure::new(format!("there is no family named {name:?}"))
+            .hint(format!("known families: {}", synthetic::MODELS.join(", ")))
+    })
+}
+
+fn part(p: &PartPlan, layers: bool) -> Part {
+    let steps = p.plan.all_steps();
+    let layer = |i: usize| Layer {
+        name: steps[i].path.clone(),
+        kind: steps[i].kind(),
+        weights_bytes: p.plan.step_bytes(i),
+        resident: p.resident[i],
+        operations: steps[i].operations(p.plan.weights()),
+        tiles: steps[i].tiles(),
+    };
+    Part {
+        name: p.part.name(),
+        arena_bytes: p.arena_bytes(),
+        weights_bytes: p.plan.weight_bytes() as u64,
+        weights_resident_bytes: p.resident_bytes,
+        bytes_read_per_pass: p.streamed_bytes * p.banks as u64,
+        tiles: steps.iter().map(|s| s.tiles()).max().unwrap_or(1),
+        layers: if layers { (0..steps.len()).map(layer).collect() } else { vec![] },
+    }
+}
+
+fn text(report: &Report, plan: &MemoryPlan, request: &Request) -> String {
+    let b = |n: u64| size::bytes(n);
+    let mut out = String::new();
+    let (width, height) = (request.width, request.height);
+    let peak = b(plan.predicted_peak);
+    let _ = writeln!(out, "peak {peak} of {} for a picture of {width}x{height}", b(plan.budget));
+    let _ = writeln!(
+        out,
+        "{:<16}{:>11}{:>11}{:>11}{:>13}{:>7}",
+        "part", "arena", "weights", "stay", "read a step", "tiles"
+    );
+    for p in &report.parts {
+        let _ = writeln!(
+            out,
+            "{:<16}{:>11}{:>11}{:>11}{:>13}{:>7}",
+            p.name,
+            b(p.arena_bytes),
+            b(p.weights_bytes),
+            b(p.weights_resident_bytes),
+            b(p.bytes_read_per_pass),
+            p.tiles
+        );
+        for l in &p.layers {
+            let stays = if l.resident || l.weights_bytes == 0 { "" } else { "  read again" };
+            let (weights, tiles) = (b(l.weights_bytes as u64), l.tiles);
+            let _ = writeln!(out, "  {:<60}{:<10}{weights:>11}{tiles:>5}{stays}", l.name, l.kind);
+        }
+    }
+    if plan.parts.iter().any(|p| p.banks > 1) {
+        let _ = writeln!(out, "the two guidance passes take turns");
+    }
+    out.trim_end().to_owned()
+}
+
+/// The arena of `p` as a picture: time from left to right, addresses from bottom to top, a box for each buffer.
+fn drawing(p: &PartPlan) -> String {
+    let (width, height, margin) = (1200.0, 600.0, 60.0);
+    let steps = (p.plan.all_steps().len() + 1).max(1) as f64;
+    let bytes = (p.plan.arena_bytes(1) as f64).max(1.0);
+    let mut out = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {} {}\" font-family=\"sans-serif\" font-size=\"14\">\n\
+         <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
+         <text x=\"{margin}\" y=\"30\">{}: {} over {} steps</text>\n",
+        width + 2.0 * margin,
+        height + 2.0 * margin,
+        p.part.name(),
+        size::bytes(p.plan.arena_bytes(1) as u64),
+        p.plan.all_steps().len(),
+    );
+    for (i, (region, first, last)) in p.plan.buffers().enumerate() {
+        let x = margin + width * first as f64 / steps;
+        let w = width * (last + 1 - first) as f64 / steps;
+        let h = height * region.bytes as f64 / bytes;
+        let y = margin + height - height * region.offset as f64 / bytes - h;
+        let hue = i * 47 % 360;
+        let _ = writeln!(
+            out,
+            "<rect x=\"{x:.2}\" y=\"{y:.2}\" width=\"{w:.2}\" height=\"{h:.2}\" fill=\"hsl({hue},60%,70%)\" \
+             stroke=\"white\" stroke-width=\"0.3\"><title>{} at {}, steps {first} to {last}</title></rect>",
+            size::bytes(region.bytes as u64),
+            region.offset,
+        );
+    }
+    let _ = writeln!(
+        out,
+        "<rect x=\"{margin}\" y=\"{margin}\" width=\"{width}\" height=\"{height}\" fill=\"none\" stroke=\"black\"/>\n\
+         <text x=\"{margin}\" y=\"{}\">steps</text>\n</svg>",
+        height + margin + 30.0
+    );
+    out
+}
