@@ -168,8 +168,28 @@ pub struct Info {
 /// `sdfast bench`
 #[derive(Debug, Subcommand)]
 pub enum Bench {
+    /// Run every kernel at a shape, beside what the machine can do at most.
+    Gemm(BenchGemm),
     /// Make a picture with a model, or with made-up weights of a family's size.
     Model(Box<BenchModel>),
+}
+
+/// `sdfast bench gemm`
+#[derive(Debug, Args)]
+pub struct BenchGemm {
+    /// Rows, outputs and inputs.
+    #[arg(value_names = ["M", "N", "K"], num_args = 3, default_values = ["1024", "1280", "1280"])]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
+    pub shape: Vec<u32>,
+    /// Use no better instruction sets than these [default: the machine's best].
+    #[arg(long, value_name = "TIER", value_parser = isa)]
+    pub isa: Option<Isa>,
+    /// Threads.
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: u16,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `sdfast bench model`

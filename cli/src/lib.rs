@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+mod bench_gemm;
 mod bench_model;
 mod cache;
 mod convert_checkpoint;
@@ -53,8 +54,9 @@ pub fn run<A: Parser>(work: fn(A) -> Result<()>) -> ExitCode {
 pub fn sdfast(arguments: Sdfast) -> Result<()> {
     match arguments.command {
         Command::Gen(arguments) => generate::run(&arguments),
-        Command::Plan(arguments) => plan::run(&arguments),
+        Command::Bench(Bench::Gemm(arguments)) => bench_gemm::run(&arguments),
         Command::Bench(Bench::Model(arguments)) => bench_model::run(&arguments),
+        Command::Plan(arguments) => plan::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),
         Command::Kernels => list_kernels::run(),
     }

@@ -37,6 +37,33 @@ fn kernels_are_listed_and_the_cap_is_kept() {
     assert!(used.len() >= 2 && used.iter().all(|line| line.contains("scalar")), "{used:?}");
 }
 
+#[test]
+fn benches_measure() {
+    let dir = folder();
+    let cache = dir.path().display().to_string();
+    let sdfast = |arguments: &[&str]| -> common::Ran {
+        let mut command = command(env!("CARGO_BIN_EXE_sdfast"), dir.path());
+        command.args(arguments).env("XDG_CACHE_HOME", &cache).output().expect("it starts").into()
+    };
+    let gemm = sdfast(&["bench", "gemm", "32", "64", "128", "--isa", "scalar", "--json"]).done();
+    let gemm: serde_json::Value = serde_json::from_str(&gemm.stdout).expect("one JSON object");
+    assert_eq!(gemm["isa"], "scalar");
+    let results = gemm["results"].as_array().expect("rows");
+    assert!(!results.is_empty() && results.iter().all(|row| row["gops"].as_f64() > Some(0.0)), "{gemm}");
+    assert!(results.iter().any(|row| row["picked"] == true), "{gemm}");
+    sdfast(&["bench", "gemm", "32", "64"]).refused("3 values required");
+
+    let arguments = ["bench", "model", "--family", "tiny-sd15", "--quant", "q4", "--steps", "1"];
+    let table = sdfast(&arguments).done();
+    assert!(table.stdout.contains("step") && table.stderr.contains("making up"), "{}", table.stderr);
+    let again = sdfast(&[&arguments[..], &["--no-keep", "--json", "-q"]].concat()).done();
+    assert_eq!(again.stderr, "");
+    let again: serde_json::Value = serde_json::from_str(&again.stdout).expect("one JSON object");
+    assert_eq!(again["model"]["quant"], "q4");
+    assert_eq!(common::names(&dir.path().join("sdfast")), [""; 0]);
+    sdfast(&["bench", "model", "--family", "nonsense"]).refused("no family named \"nonsense\"");
+}
+
 /// A reader that closes the pipe early is no fault of the program.
 #[test]
 fn a_reader_may_go_away() {
