@@ -198,7 +198,9 @@ fn fit(
             let arena_room = room.saturating_sub(window);
             let plan = match plan.arena_bytes(*banks) as u64 <= arena_room {
                 true => Ok(plan),
-                false if remake && picture => Plan::fitting(network, &encodings, options, arena_room as usize, *banks),
+                false if remake && picture => {
+                    Plan::fitting(network, &encodings, options, arena_room as usize, *banks)
+                }
                 false => Err(plan.arena_bytes(*banks)),
             };
             match plan {

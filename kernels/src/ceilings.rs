@@ -4,9 +4,9 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use crate::gemm::{Epilogue, Filter, Gemm, GemmKernel, Types, gemm_with, kernels, pick};
-use crate::layout::{Encoding, Weight, WeightShape};
+use crate::layout::{ALIGN, Encoding, Weight, WeightShape};
 use crate::view::{ImageShape, Operand, RowsMut};
-use crate::{Isa, Workers, bf16};
+use crate::{Isa, Workers};
 
 /// How long a figure is measured. The best of many short batches counts, so that other work on the machine doesn't.
 const MEASURING: Duration = Duration::from_millis(300);
@@ -60,46 +60,82 @@ fn gemm_figure(
     n: usize,
     k: usize,
 ) -> GemmFigure {
-    let encoding = match kernel.types {
-        Types::U8S8 | Types::S16S16 => Encoding::Q8,
-        Types::Bf16 => Encoding::Bf16,
-        Types::F32 => Encoding::F32,
-    };
-    let shape = WeightShape::linear(n, k);
-    let elements = m * shape.k_padded();
-    let (codes, scale) = (vec![129u8; elements], vec![1.0f32; m]);
-    let wide = vec![bf16::ONE; if kernel.types == Types::Bf16 { elements } else { 0 }];
-    let floats = vec![1.0f32; if kernel.types == Types::F32 { elements } else { 0 }];
-    let bytes = Lines::new(shape.bytes(encoding));
-    let bias = vec![0.5f32; n];
-    let mut out = vec![0.0f32; m * n];
-    let operand = match kernel.types {
-        Types::U8S8 | Types::S16S16 => Operand::U8 { codes: &codes, scale: &scale },
-        Types::Bf16 => Operand::Bf16(&wide),
-        Types::F32 => Operand::F32(&floats),
-    };
-    let picked = pick(isa, &operand, encoding).name == kernel.name;
-
+    let mut layer = Layer::new(kernel.types, m, n, k);
     let mut peak = PeakMeter::new(workers, kernel);
     let mut seconds = f64::INFINITY;
     let start = Instant::now();
     while seconds == f64::INFINITY || start.elapsed() < 2 * MEASURING {
         peak.batch();
+        seconds = seconds.min(layer.run(workers, kernel));
+    }
+    let gops = 2.0 * (m * n * k) as f64 / seconds / 1e9;
+    let picked = pick(isa, &layer.operand(), layer.encoding).name == kernel.name;
+    GemmFigure { kernel: kernel.name, m, n, k, gops, ceiling_ratio: gops / peak.best, picked }
+}
+
+/// A linear layer to be measured, `m` rows by `[n, k]` weights.
+struct Layer {
+    types: Types,
+    encoding: Encoding,
+    shape: WeightShape,
+    m: usize,
+    rows: Lines,
+    scale: Vec<f32>,
+    weight: Lines,
+    bias: Vec<f32>,
+    out: Lines,
+}
+
+impl Layer {
+    /// With the rows and weights that kernels of these types are for.
+    fn new(types: Types, m: usize, n: usize, k: usize) -> Layer {
+        let encoding = match types {
+            Types::U8S8 | Types::S16S16 => Encoding::Q8,
+            Types::Bf16 => Encoding::Bf16,
+            Types::F32 => Encoding::F32,
+        };
+        let shape = WeightShape::linear(n, k);
+        Layer {
+            types,
+            encoding,
+            shape,
+            m,
+            rows: Lines::new(m * shape.k_padded() * types.row_bytes()),
+            scale: vec![1.0; m],
+            weight: Lines::new(shape.bytes(encoding)),
+            bias: vec![0.5; n],
+            out: Lines::new(m * n * 4),
+        }
+    }
+
+    fn operand(&self) -> Operand<'_> {
+        let rows = self.rows.get();
+        match self.types {
+            Types::U8S8 | Types::S16S16 => {
+                Operand::U8 { codes: &rows[..self.m * self.shape.k_padded()], scale: &self.scale }
+            }
+            Types::Bf16 => Operand::Bf16(bytemuck::cast_slice(rows)),
+            Types::F32 => Operand::F32(bytemuck::cast_slice(rows)),
+        }
+    }
+
+    /// Seconds of one call.
+    fn run(&mut self, workers: &Workers, kernel: &'static GemmKernel) -> f64 {
+        let mut out = std::mem::replace(&mut self.out, Lines::new(0));
         let call = Gemm {
-            operand,
-            input: ImageShape::rows(m),
+            operand: self.operand(),
+            input: ImageShape::rows(self.m),
             filter: Filter::POINT,
-            weight: Weight::new(encoding, shape, bytes.get()),
-            epilogue: Epilogue { bias: Some(&bias), ..Epilogue::default() },
-            out: RowsMut::F32(&mut out),
+            weight: Weight::new(self.encoding, self.shape, self.weight.get()),
+            epilogue: Epilogue { bias: Some(&self.bias), ..Epilogue::default() },
+            out: RowsMut::F32(bytemuck::cast_slice_mut(out.get_mut())),
         };
         let start = Instant::now();
         gemm_with(workers, kernel, call);
-        seconds = seconds.min(start.elapsed().as_secs_f64());
-        black_box(&mut out);
+        let seconds = start.elapsed().as_secs_f64();
+        self.out = black_box(out);
+        seconds
     }
-    let gops = 2.0 * (m * n * k) as f64 / seconds / 1e9;
-    GemmFigure { kernel: kernel.name, m, n, k, gops, ceiling_ratio: gops / peak.best, picked }
 }
 
 /// Measures a kernel's peak batch by batch.
@@ -135,7 +171,7 @@ impl<'a> PeakMeter<'a> {
     }
 }
 
-/// Zeroed bytes that start at a multiple of 64.
+/// Zeroed bytes that start at a multiple of 64, as everything in an arena or a model file does.
 struct Lines {
     buffer: Vec<u8>,
     start: usize,
@@ -144,13 +180,17 @@ struct Lines {
 
 impl Lines {
     fn new(len: usize) -> Self {
-        let buffer = vec![0; len + 64];
-        let start = buffer.as_ptr().align_offset(64);
+        let buffer = vec![0; len + ALIGN];
+        let start = buffer.as_ptr().align_offset(ALIGN);
         Lines { buffer, start, len }
     }
 
     fn get(&self) -> &[u8] {
         &self.buffer[self.start..][..self.len]
+    }
+
+    fn get_mut(&mut self) -> &mut [u8] {
+        &mut self.buffer[self.start..][..self.len]
     }
 }
 
@@ -165,5 +205,38 @@ mod tests {
         let figures = gemm_figures(&workers, isa, 16, 32, 64);
         assert!(figures.iter().any(|figure| figure.picked));
         assert!(figures.iter().all(|figure| figure.gops > 0.0 && figure.ceiling_ratio > 0.0));
+    }
+
+    /// Whether the pick is within 10 % of the best kernel that could run the layer. All take turns, so that other work on
+    /// the machine meets all of them.
+    fn pick_is_best(workers: &Workers, types: Types, [m, n, k]: [usize; 3]) -> bool {
+        let mut layer = Layer::new(types, m, n, k);
+        let isa = *Isa::available().last().expect("every machine has the scalar tier");
+        let picked = pick(isa, &layer.operand(), layer.encoding);
+        let suits = |kernel: &&&'static GemmKernel| {
+            isa.includes(kernel.isa) && kernel.suits(&layer.operand(), layer.encoding)
+        };
+        let suitable: Vec<&'static GemmKernel> = kernels().iter().filter(suits).copied().collect();
+        let mut best = vec![f64::INFINITY; suitable.len()];
+        for round in 0..8 {
+            for (kernel, best) in suitable.iter().zip(&mut best) {
+                if kernel.isa != Isa::Scalar || picked.isa == Isa::Scalar || round == 0 {
+                    *best = best.min(layer.run(workers, kernel));
+                }
+            }
+        }
+        let of_pick = suitable.iter().position(|kernel| kernel.name == picked.name).expect("the pick suits");
+        best.iter().all(|&seconds| best[of_pick] <= 1.1 * seconds)
+    }
+
+    #[test]
+    fn the_pick_is_the_best() {
+        let workers = Workers::new(1);
+        for types in [Types::U8S8, Types::Bf16, Types::F32] {
+            for shape in [[256, 320, 320], [128, 640, 640], [77, 768, 768], [64, 1280, 1280]] {
+                // A moment's disturbance is no verdict.
+                assert!((0..5).any(|_| pick_is_best(&workers, types, shape)), "{types:?} {shape:?}");
+            }
+        }
     }
 }

@@ -7,6 +7,8 @@
 //! - [`quantize`]: f32 matrices to encoded panels and back.
 //!
 //! All of them run on a [`Workers`] team, and none of their results depends on its size.
+//!
+#![doc = include_str!("../README.md")]
 
 mod arch;
 pub mod attention;

@@ -1,5 +1,8 @@
 //! Every kernel of the table against the reference, over the shapes around every block edge.
 
+#[cfg(target_os = "linux")]
+mod guarded;
+
 use super::*;
 use crate::Isa;
 use crate::bf16;
