@@ -10,6 +10,7 @@ use engine::card::{Card, Prediction};
 use engine::format::ModelFile;
 use half::f16;
 use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 
 fn demo() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo/model")
@@ -168,6 +169,50 @@ fn prediction_of_sd2_is_seen_in_the_weights() {
     let prediction = Some(Prediction::Epsilon);
     let options = Options { checkpoint: path, output, prediction, ..Options::default() };
     assert_eq!(convert(&options, &|_| {}).unwrap().card.schedule.prediction_type, Prediction::Epsilon);
+}
+
+/// Adds tensors of one or more f32 numbers to a safetensors file.
+fn add(path: &Path, extra: &[(&str, Vec<f32>)]) {
+    let bytes = std::fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let data: Vec<(String, Vec<u8>)> = extra
+        .iter()
+        .map(|(n, v)| (n.to_string(), v.iter().flat_map(|v| v.to_le_bytes()).collect()))
+        .collect();
+    let mut views = file.tensors();
+    views.extend(data.iter().map(|(name, data)| {
+        let view = TensorView::new(Dtype::F32, vec![data.len() / 4], data).unwrap();
+        (name.clone(), view)
+    }));
+    let copy = path.with_extension("new");
+    serialize_to_file(views, None, &copy).unwrap();
+    std::fs::rename(copy, path).unwrap();
+}
+
+#[test]
+fn markers_in_single_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let card = synthetic::card("tiny-sdxl").unwrap();
+    let path = place(folder.path(), Layout::Ldm);
+    let schedule = |extra: &[(&str, Vec<f32>)]| {
+        synthetic::write(&card, &synthetic::random(3), &path, Layout::Ldm, Number::F16).unwrap();
+        add(&path, extra);
+        inspect(&path).unwrap().card.map(|card| (card.schedule, card.vae.scaling_factor))
+    };
+    let (plain, scale) = schedule(&[("model_ema.decay", vec![0.99])]).unwrap();
+    assert_eq!((plain.prediction_type, plain.rescale_betas_zero_snr), (Prediction::Epsilon, false));
+    assert_eq!(scale, 0.13025);
+    let (v, _) = schedule(&[("v_pred", vec![]), ("ztsnr", vec![])]).unwrap();
+    assert_eq!((v.prediction_type, v.rescale_betas_zero_snr), (Prediction::V, true));
+    let mut alphas = vec![0.5; 1000];
+    assert!(!schedule(&[("alphas_cumprod", alphas.clone())]).unwrap().0.rescale_betas_zero_snr);
+    alphas[999] = 4.9e-8;
+    assert!(schedule(&[("alphas_cumprod", alphas)]).unwrap().0.rescale_betas_zero_snr);
+    assert_eq!(schedule(&[("scale_factor", vec![0.25])]).unwrap().1, 0.25);
+    assert!(
+        schedule(&[("edm_mean", vec![0.0; 4])]).is_none(),
+        "a noise schedule that isn't known is refused"
+    );
 }
 
 #[test]

@@ -198,7 +198,10 @@ impl Evidence<'_> {
                 }
             }
         };
+        // These two differ in what no shape tells, where the sizes are unusual.
+        let alike = |family: Family| matches!(family, Family::Sd15 | Family::Sd2);
         match self.wishes.family {
+            Some(wish) if alike(wish) && alike(seen) => Ok(wish),
             Some(wish) if wish != seen => {
                 let (is, wish) = (family_name(seen), family_name(wish));
                 Err(self.unsupported(format!("it is a {is} model, not {wish}")))
@@ -378,11 +381,25 @@ impl Evidence<'_> {
             beta_end: float("beta_end", usual_betas.1),
             beta_schedule,
             prediction_type: self.wishes.prediction.or(said).unwrap_or(Prediction::Epsilon),
-            rescale_betas_zero_snr: flag(config, "rescale_betas_zero_snr").unwrap_or(marker("ztsnr")),
+            rescale_betas_zero_snr: match config {
+                Some(_) => flag(config, "rescale_betas_zero_snr").unwrap_or(false),
+                None => marker("ztsnr") || self.ends_in_noise()?,
+            },
             timestep_spacing,
             steps_offset: number(config, "steps_offset").unwrap_or(usize::from(config.is_none())),
             set_alpha_to_one: flag(config, "set_alpha_to_one").unwrap_or(class == "DDIMScheduler"),
         })
+    }
+
+    /// Whether the schedule that some checkpoints carry leaves nothing of the picture at its end.
+    fn ends_in_noise(&self) -> Result<bool, Error> {
+        const NOTHING: f32 = 1e-4;
+        let source = &self.sources.model;
+        let Some(tensor) = source.tensors.get("alphas_cumprod") else { return Ok(false) };
+        if !tensor.dtype.is_float() || tensor.count() != 1000 {
+            return Ok(false);
+        }
+        Ok(source.read_all(tensor)?.last().is_some_and(|&last| last.abs() < NOTHING))
     }
 
     /// SD 2 comes in both kinds; in those that predict the velocity the biases of one late norm spread wider.
@@ -432,13 +449,24 @@ impl Evidence<'_> {
             && schedule.prediction_type == Prediction::Epsilon
             && !schedule.rescale_betas_zero_snr;
         let consistency = unet.time_cond_proj_dim.is_some();
-        let (steps, guidance_scale) = match (turbo, consistency, xl) {
-            (true, ..) => (4, 1.0),
-            (_, true, _) => (8, 8.0),
-            (_, _, true) => (20, 5.0),
+        let class = self.configs.get("scheduler").and_then(|c| c.get("_class_name")?.as_str());
+        let sampler = match class {
+            Some("DDIMScheduler") => "ddim",
+            Some("EulerAncestralDiscreteScheduler") => "euler_a",
+            Some("HeunDiscreteScheduler") => "heun",
+            Some("DPMSolverMultistepScheduler") => "dpmpp_2m",
+            Some("LCMScheduler") => "lcm",
+            None if consistency => "lcm",
+            _ => "euler",
+        };
+        let (steps, guidance_scale) = match (sampler, consistency) {
+            ("lcm", true) => (4, 8.0),
+            ("lcm", false) => (4, 1.0),
+            _ if turbo => (4, 1.0),
+            _ if xl => (20, 5.0),
             _ => (20, 7.5),
         };
-        Defaults { width: side, height: side, steps, guidance_scale, sampler: "euler".into() }
+        Defaults { width: side, height: side, steps, guidance_scale, sampler: sampler.into() }
     }
 
     /// Refuses what no Stable Diffusion has, so that no network is run with parts of it left out.

@@ -38,7 +38,8 @@ pub fn card(name: &str) -> Option<Card> {
         "sd15-edit" => unet.in_channels = 8,
         "sd15-lcm" => {
             unet.time_cond_proj_dim = Some(256);
-            (card.defaults.steps, card.defaults.guidance_scale) = (8, 8.0);
+            card.defaults.sampler = "lcm".into();
+            (card.defaults.steps, card.defaults.guidance_scale) = (4, 8.0);
         }
         // Kim et al. 2023: one residual block per level on the way down; then also without the lowest level.
         "bk-sdm-small" | "bk-sdm-tiny" => {

@@ -145,7 +145,7 @@ fn tokenizer(cfg: &ClipConfig) -> Value {
 fn scheduler(card: &Card) -> Value {
     let s = &card.schedule;
     json!({
-        "_class_name": "EulerDiscreteScheduler",
+        "_class_name": if card.defaults.sampler == "lcm" { "LCMScheduler" } else { "EulerDiscreteScheduler" },
         "num_train_timesteps": s.num_train_timesteps,
         "beta_start": s.beta_start,
         "beta_end": s.beta_end,
