@@ -10,12 +10,10 @@ use kernels::view::{Border, ImageShape, Operand, OperandMut, Rows, RowsMut};
 use kernels::{Isa, Workers, bf16, f16};
 
 use super::arena::Arena;
+use super::bands::{Band, BandOp, Bands, Extent};
 use super::builder::Dims;
 use super::plan::Plan;
-use super::steps::{
-    Band, BandOp, Bands, Buf, Extent, NormSpec, Op, OperandBuf, OperandKind, ResidualSpec, RowsBuf, RowsKind,
-    SourceBufs,
-};
+use super::steps::{Buf, NormSpec, Op, OperandBuf, OperandKind, ResidualSpec, RowsBuf, RowsKind, SourceBufs};
 
 /// What goes on around steps.
 pub trait Watch<E> {

@@ -10,10 +10,11 @@ use kernels::layout::{Encoding, TILE_K, WeightShape};
 use kernels::pass::{sums_len, sums_rows};
 use kernels::view::{Border, ImageShape};
 
+use super::analysis::{last_uses, stream_values};
+use super::bands::{BandOp, Bands};
 use super::builder::{Dims, Network, Node, Rate, Tensor};
 use super::steps::{
-    BandOp, Bands, Buf, NormSpec, Op, OperandBuf, OperandKind, ResidualSpec, RowsBuf, RowsKind, SourceBufs,
-    Step,
+    Buf, NormSpec, Op, OperandBuf, OperandKind, ResidualSpec, RowsBuf, RowsKind, SourceBufs, Step,
 };
 use crate::precision::Precision;
 
@@ -65,7 +66,7 @@ pub(super) struct Lowered {
     pub(super) rows: Vec<(Tensor, RowsBuf)>,
 }
 
-/// Lowers `network`; `encodings` as in [`super::Plan::new`]. Values of `remade` ([`can_be_remade`]) are never in memory as a
+/// Lowers `network`; `encodings` as in [`super::Plan::new`]. Values of `remade` ([`super::analysis::can_be_remade`]) are never in memory as a
 /// whole: whoever reads them makes them again, band by band.
 pub(super) fn lower(
     network: &Network,
@@ -106,74 +107,6 @@ pub(super) fn lower(
     }
     let rows = rows.into_iter().enumerate().filter_map(|(i, r)| Some((Tensor(i), r?))).collect();
     Lowered { steps, prologue, bytes, inputs, outputs, rows }
-}
-
-/// Values that stay f32 in every precision: what the caller writes and reads, what is added to whole images, and, unless it is
-/// `narrow`, the residual stream: sums that go on through many layers and what is added to them.
-fn stream_values(network: &Network, narrow: bool) -> Vec<bool> {
-    let mut stream = vec![false; network.values.len()];
-    for (i, node) in network.nodes.iter().enumerate() {
-        match *node {
-            Node::Input { .. } | Node::Lookup { .. } => stream[i] = true,
-            Node::Gemm { residual, image_bias, .. } => {
-                for t in [residual.filter(|_| !narrow), image_bias].into_iter().flatten() {
-                    stream[t.0] = true;
-                }
-                stream[i] |= residual.is_some() && !narrow;
-            }
-            _ => {}
-        }
-    }
-    for (_, t) in &network.outputs {
-        stream[t.0] = true;
-    }
-    stream
-}
-
-/// For each value, the place in execution order of the last node that reads it, and whether only that one does. Norms,
-/// activations and concatenations read when their readers do. Outputs are read at the end.
-fn last_uses(network: &Network) -> Vec<(usize, usize)> {
-    let mut uses = vec![(0, 0); network.values.len()]; // (last, readers)
-    let mut visit = |t: Tensor, at: usize| {
-        let mut open = vec![t];
-        while let Some(t) = open.pop() {
-            let (last, readers) = uses[t.0];
-            uses[t.0] = (last.max(at), readers + 1);
-            if matches!(
-                network.nodes[t.0],
-                Node::GroupNorm { .. } | Node::LayerNorm { .. } | Node::Activate { .. } | Node::Concat { .. }
-            ) {
-                open.extend(network.nodes[t.0].inputs());
-            }
-        }
-    };
-    for (at, i) in network.order().enumerate() {
-        match &network.nodes[i] {
-            Node::GroupNorm { .. } | Node::LayerNorm { .. } | Node::Activate { .. } | Node::Concat { .. } => {
-            }
-            node => node.inputs().into_iter().for_each(|t| visit(t, at)),
-        }
-    }
-    for (_, t) in &network.outputs {
-        visit(*t, usize::MAX);
-    }
-    uses
-}
-
-/// Whether `t` may be made again by each of its readers: a GEMM that only GEMMs read, past norms and concatenations.
-pub(super) fn can_be_remade(network: &Network, t: Tensor) -> bool {
-    fn read_by_gemms(network: &Network, t: Tensor) -> bool {
-        let readers = (0..network.nodes.len()).filter(|&i| network.nodes[i].inputs().contains(&t));
-        !network.outputs.iter().any(|(_, o)| *o == t)
-            && readers.into_iter().all(|i| match &network.nodes[i] {
-                Node::Gemm { image_bias, .. } => *image_bias != Some(t),
-                Node::GroupNorm { .. } | Node::LayerNorm { .. } | Node::Concat { .. } => {
-                    read_by_gemms(network, Tensor(i))
-                }
-                _ => false,
-            })
-    }
-    matches!(network.nodes[t.0], Node::Gemm { .. }) && read_by_gemms(network, t)
 }
 
 struct Lowering<'a> {

@@ -8,7 +8,9 @@
 //! Passes and matrix products over the same pixels run band by band: the 8-bit operand of a layer, and what lies between the
 //! two layers of an MLP, exist for a band of rows only.
 
+mod analysis;
 mod arena;
+mod bands;
 mod builder;
 mod exec;
 mod lower;

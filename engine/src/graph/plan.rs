@@ -3,9 +3,10 @@
 
 use kernels::layout::Encoding;
 
+use super::analysis::can_be_remade;
 use super::arena::{Life, Region, place};
 use super::builder::{Network, Rate, Tensor};
-use super::lower::{Lowered, Options, can_be_remade, lower};
+use super::lower::{Lowered, Options, lower};
 use super::steps::{Buf, Op, RowsBuf, Step};
 use super::weight::{WeightKind, WeightSpec};
 
