@@ -96,6 +96,9 @@ pub struct Run {
     pub encodes: bool,
 }
 
+/// The encodings of the weights that a network wants, `None` for vectors and tables.
+pub type Encodings<'a> = dyn Fn(&[WeightSpec]) -> Result<Vec<Option<Encoding>>> + 'a;
+
 /// The budget of `settings`: as given, or what is free on the machine, less a margin.
 pub fn budget(settings: &Settings) -> u64 {
     settings.ram.unwrap_or_else(|| {
@@ -109,7 +112,7 @@ pub fn budget(settings: &Settings) -> u64 {
 /// [`crate::weights::encodings`] does.
 pub fn plan(
     card: &Card,
-    encodings: &dyn Fn(&[WeightSpec]) -> Result<Vec<Option<Encoding>>>,
+    encodings: &Encodings<'_>,
     settings: &Settings,
     run: Run,
     budget: u64,
@@ -183,7 +186,7 @@ fn resident(part: Part, plan: Plan, banks: usize) -> PartPlan {
 fn fit(
     part: Part,
     networks: &[(Network, usize)],
-    encodings: &dyn Fn(&[WeightSpec]) -> Result<Vec<Option<Encoding>>>,
+    encodings: &Encodings<'_>,
     options: Options,
     room: u64,
 ) -> Result<std::result::Result<PartPlan, u64>> {
