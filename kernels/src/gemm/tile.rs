@@ -116,16 +116,19 @@ pub(crate) const fn peak_ops<L: Lanes>() -> usize {
 /// The machine has the instruction set.
 #[inline(always)]
 pub(crate) unsafe fn broadcast_peak<L: Lanes>(rounds: usize) {
-    let bytes = [1u8; 64];
+    // Products that differ, of numbers that the optimizer doesn't know, or it would compute them once.
+    const A: usize = 2;
+    const B: usize = PEAK_CHAINS / A;
+    let bytes = std::hint::black_box([[1u8; 64]; B]);
     // SAFETY: no vector is longer than 64 bytes.
     unsafe {
-        let (a, b) = (L::splat_a(bytes.as_ptr()), L::load_b(bytes.as_ptr()));
+        let a: [L::A; A] = std::array::from_fn(|i| L::splat_a(bytes[i].as_ptr()));
         let mut acc = [L::zero(); PEAK_CHAINS];
         for _ in 0..rounds {
-            // Hidden from the optimizer, which would else take products out of the loop.
-            let b = std::hint::black_box(b);
-            for acc in &mut acc {
-                *acc = L::multiply(*acc, a, b);
+            let bytes = std::hint::black_box(&bytes);
+            let b: [L::B; B] = std::array::from_fn(|i| L::load_b(bytes[i].as_ptr()));
+            for (i, acc) in acc.iter_mut().enumerate() {
+                *acc = L::multiply(*acc, a[i / B], b[i % B]);
             }
         }
         std::hint::black_box(acc);
