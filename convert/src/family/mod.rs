@@ -5,6 +5,7 @@ mod clip;
 mod config;
 mod kind;
 mod names;
+mod schedule;
 mod unet;
 mod vae;
 
