@@ -90,12 +90,12 @@ fn weights_are_those_of_the_checkpoint() {
             assert!(error <= bound, "{} {}: {error}", quant.name(), tensor.name);
             worst = worst.max(error);
         }
-        println!(
+        sdfast_tests::report(&format!(
             "{}: {} bytes, worst error of a tensor {worst:.4}, UNet {:.2} bits per weight",
             quant.name(),
             summary.file_bytes,
             summary.unet_bits_per_weight
-        );
+        ));
     }
 }
 

@@ -59,7 +59,8 @@ fn files_that_are_something_else() {
     let prefixed: Vec<(String, &[usize])> =
         unet.iter().map(|(name, shape)| (format!("model.diffusion_model.{name}"), *shape)).collect();
     let prefixed: Vec<(&str, &[usize])> = prefixed.iter().map(|(n, s)| (n.as_str(), *s)).collect();
-    let cases: [(&[(&str, &[usize])], &str); 14] = [
+    type Tensors<'a> = &'a [(&'a str, &'a [usize])];
+    let cases: [(Tensors<'_>, &str); 14] = [
         (&[("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", &[4, 8])], "a LoRA"),
         (&[("unet.down_blocks.0.attentions.0.to_q.lora_A.weight", &[4, 8])], "a LoRA"),
         (&[("control_model.time_embed.0.weight", &[4, 8])], "a ControlNet"),

@@ -30,7 +30,12 @@ fn as_much_as_the_largest_tensor() {
     let summary = convert(&options, &|_| {}).unwrap();
     let (_, highest) = resident();
     let taken = highest - before;
-    println!("{} MB of {} MB, largest {} MB", taken >> 20, summary.source_bytes >> 20, largest >> 20);
+    sdfast_tests::report(&format!(
+        "{} MB of {} MB, largest {} MB",
+        taken >> 20,
+        summary.source_bytes >> 20,
+        largest >> 20
+    ));
     assert!(summary.source_bytes > 4 * largest);
     assert!(taken <= largest + (64 << 20), "{taken} bytes for a largest tensor of {largest}");
 }
