@@ -4,6 +4,8 @@
 mod amx;
 mod head;
 mod softmax;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod vector;
 
 use bytemuck::{cast_slice, cast_slice_mut};
@@ -78,8 +80,8 @@ pub struct Attention<'a> {
     pub out: RowsMut<'a>,
 }
 
-/// Keys that go through the running softmax at once.
-const KEYS: usize = 128;
+/// Keys that a task packs, of all heads at hand: a multiple of what packing pads to.
+const PACK_KEYS: usize = 32;
 
 /// Bytes of packed keys and values to work on at a time, about: a head at least, and few enough to stay in cache.
 const PACKED_BYTES: usize = 4 << 20;
@@ -189,32 +191,35 @@ pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &m
     };
 
     let blocks = nq.div_ceil(plan.queries);
-    let packs = nk.div_ceil(KEYS);
+    let packs = nk.div_ceil(PACK_KEYS);
     for first in (0..batch * heads).step_by(plan.heads) {
         let count = plan.heads.min(batch * heads - first);
         let place = |i: usize| ((first + i) / heads, (first + i) % heads);
         let packed = &mut workspace[..bytes];
         let parts = Shared::new(packed);
-        workers.for_each(count * packs, |task, _| {
-            let (i, key) = (task / packs, task % packs * KEYS);
-            let (sequence, head) = place(i);
-            let start = sequence * nk * kv_stride + head * d;
-            let head = KvHead { k, v, start, stride: kv_stride, nk, d };
-            let (before, here) = (plan.bytes(key), plan.bytes(KEYS.min(nk - key)));
-            let at = i * plan.head_bytes;
-            // SAFETY: each task has its own keys of its own head.
-            let to_k = unsafe { parts.slice(at + before.0, here.0) };
-            // SAFETY: as above; V lies behind all of K.
-            let to_v = unsafe { parts.slice(at + plan.k_bytes + before.1, here.1) };
-            match plan.kind {
-                Kind::Vector => {
-                    let (k, v) = (cast_slice_mut(to_k), cast_slice_mut(to_v));
-                    dispatch(isa, vector::Pack { head, first: key, k, v });
-                }
-                #[cfg(target_arch = "x86_64")]
-                Kind::Amx => {
-                    let (k, v) = (cast_slice_mut(to_k), cast_slice_mut(to_v));
-                    dispatch(isa, amx::Pack { head, first: key, k, v });
+        workers.for_each(packs, |task, _| {
+            let key = task * PACK_KEYS;
+            let (before, here) = (plan.bytes(key), plan.bytes(PACK_KEYS.min(nk - key)));
+            // The heads of a row lie side by side, so they are packed together.
+            for i in 0..count {
+                let (sequence, head) = place(i);
+                let start = sequence * nk * kv_stride + head * d;
+                let head = KvHead { k, v, start, stride: kv_stride, nk, d };
+                let at = i * plan.head_bytes;
+                // SAFETY: each task has its own keys of all heads.
+                let to_k = unsafe { parts.slice(at + before.0, here.0) };
+                // SAFETY: as above; V lies behind all of K.
+                let to_v = unsafe { parts.slice(at + plan.k_bytes + before.1, here.1) };
+                match plan.kind {
+                    Kind::Vector => {
+                        let (k, v) = (cast_slice_mut(to_k), cast_slice_mut(to_v));
+                        dispatch(isa, vector::Pack { head, first: key, k, v });
+                    }
+                    #[cfg(target_arch = "x86_64")]
+                    Kind::Amx => {
+                        let (k, v) = (cast_slice_mut(to_k), cast_slice_mut(to_v));
+                        dispatch(isa, amx::Pack { head, first: key, k, v });
+                    }
                 }
             }
         });
@@ -234,7 +239,7 @@ pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &m
                 #[cfg(target_arch = "x86_64")]
                 Kind::Amx => {
                     // SAFETY: the machine has AMX (checked above), and tasks do not nest.
-                    let tiles = &unsafe { amx::Tiles::new() };
+                    let tiles = &unsafe { tiles::Tiles::new() };
                     let (k, v) = (cast_slice(k), cast_slice(v));
                     dispatch(isa, amx::Block { head, first, k, v, scratch, out, tiles });
                 }

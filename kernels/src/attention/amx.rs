@@ -2,8 +2,6 @@
 //! that a tile of K (16 keys by 32 columns) is an A operand as it lies, and the exponentials of two keys, rounded and
 //! interleaved, are rows of a B operand for V^T.
 
-use std::arch::asm;
-
 use bytemuck::cast_slice_mut;
 
 use crate::bf16;
@@ -11,22 +9,16 @@ use crate::math;
 use crate::simd::{Element, MAX_LANES, Simd, SimdOp};
 use crate::view::Rows;
 
+use super::AttentionShape;
 use super::head::{KvHead, QueryHead, Write, load_square};
 use super::softmax::Softmax;
-use super::{AttentionShape, KEYS};
+use super::tiles::{GROUPS, Operands, ROWS, SUMS, TILE, Tiles, WIDTH};
 
-/// Rows of a tile; also queries in a column of tiles.
-const ROWS: usize = 16;
-/// bf16 numbers in a row of a tile.
-const WIDTH: usize = 32;
-/// bf16 numbers in a tile.
-const TILE: usize = ROWS * WIDTH;
-/// f32 numbers in a tile of sums.
-const SUMS: usize = ROWS * ROWS;
-/// Columns of tiles in a block of queries.
-const GROUPS: usize = 2;
 /// Queries in a block.
 pub(super) const QUERIES: usize = GROUPS * ROWS;
+/// Keys in a block, a multiple of 32: few enough that their scores stay in L1, enough that the output isn't loaded and
+/// stored too often.
+const BLOCK: usize = 64;
 
 /// Tiles of K along a head's columns.
 const fn k_tiles(d: usize) -> usize {
@@ -132,8 +124,8 @@ pub(super) struct Block<'a, W> {
 
 /// Bytes of scratch memory that a [`Block`] wants.
 pub(super) const fn scratch_bytes(d: usize) -> usize {
-    let narrow = GROUPS * (k_tiles(d) + KEYS / WIDTH) * TILE;
-    let wide = QUERIES * (KEYS + v_tiles(d) * ROWS + 2);
+    let narrow = GROUPS * (k_tiles(d) + BLOCK / WIDTH) * TILE;
+    let wide = QUERIES * (BLOCK + v_tiles(d) * ROWS + 2);
     2 * narrow + 4 * wide
 }
 
@@ -141,46 +133,48 @@ impl<W: Write> SimdOp for Block<'_, W> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(mut self, s: S) {
+    fn run<S: Simd>(self, s: S) {
         assert_eq!(S::LANES, ROWS, "AMX goes with vectors of 16");
-        let AttentionShape { nq, nk, d, .. } = self.head.shape;
+        let Block { head, first, k, v, scratch, mut out, tiles } = self;
+        let AttentionShape { nq, nk, d, .. } = head.shape;
         let (kt, vt) = (k_tiles(d), v_tiles(d));
-        let (q, rest) = self.scratch.split_at_mut(2 * GROUPS * kt * TILE);
-        let (p, rest) = rest.split_at_mut(2 * GROUPS * (KEYS / WIDTH) * TILE);
-        let (scores, rest) = rest.split_at_mut(4 * GROUPS * KEYS * ROWS);
+        let (q, rest) = scratch.split_at_mut(2 * GROUPS * kt * TILE);
+        let (p, rest) = rest.split_at_mut(2 * GROUPS * (BLOCK / WIDTH) * TILE);
+        let (scores, rest) = rest.split_at_mut(4 * GROUPS * BLOCK * ROWS);
         let (acc, rest) = rest.split_at_mut(4 * GROUPS * vt * SUMS);
         let (most, rest) = rest.split_at_mut(4 * QUERIES);
         let q: &mut [bf16] = cast_slice_mut(q); // [groups][d / 32] tiles
-        let p: &mut [bf16] = cast_slice_mut(p); // [groups][KEYS / 32] tiles
-        let scores: &mut [f32] = cast_slice_mut(scores); // [groups][KEYS][16]
+        let p: &mut [bf16] = cast_slice_mut(p); // [groups][BLOCK / 32] tiles
+        let scores: &mut [f32] = cast_slice_mut(scores); // [groups][BLOCK][16]
         let acc: &mut [f32] = cast_slice_mut(acc); // [groups][d padded to 16][16]
-        let most: &mut [f32] = cast_slice_mut(most);
-        let sum: &mut [f32] = cast_slice_mut(&mut rest[..4 * QUERIES]);
+        let most: &mut [f32] = cast_slice_mut(most); // [groups][16]
+        let sum: &mut [f32] = cast_slice_mut(&mut rest[..4 * QUERIES]); // [groups][16]
 
-        for g in 0..GROUPS {
-            pack_q(s, &self.head, self.first + g * ROWS, &mut q[g * kt * TILE..(g + 1) * kt * TILE]);
+        for (g, q) in q.chunks_exact_mut(kt * TILE).enumerate() {
+            pack_q(s, &head, first + g * ROWS, q);
         }
         Softmax::new(most, sum, acc, ROWS);
-        for first in (0..self.head.keys_seen(self.first, QUERIES)).step_by(KEYS) {
-            let keys = KEYS.min(nk - first);
+        for first_key in (0..head.keys_seen(first, QUERIES)).step_by(BLOCK) {
+            let keys = BLOCK.min(nk - first_key);
             let steps = keys.div_ceil(WIDTH);
-            let k = &self.k[first / ROWS * kt * TILE..];
-            for i in (0..2 * steps).step_by(2) {
+            let k = &k[first_key / ROWS * kt * TILE..];
+            for i in 0..2 * steps {
+                let a = &k[i * kt * TILE..];
                 let operands = Operands {
-                    a: &k[i * kt * TILE..],
-                    a_row: kt,
+                    a,
                     a_step: 1,
                     b: q,
                     b_group: kt,
                     steps: kt,
-                    c_group: KEYS / ROWS,
+                    c_group: BLOCK / ROWS,
+                    add: false,
                 };
-                self.tiles.multiply::<2>(operands, &mut scores[i * SUMS..], false);
+                tiles.multiply(operands, &mut scores[i * SUMS..]);
             }
             for g in 0..GROUPS {
-                let scores = &mut scores[g * KEYS * ROWS..][..keys * ROWS];
-                let p = &mut p[g * (KEYS / WIDTH) * TILE..][..steps * TILE];
-                let factor = self.head.mask(s, scores, ROWS, self.first + g * ROWS, first);
+                let scores = &mut scores[g * BLOCK * ROWS..][..keys * ROWS];
+                let p = &mut p[g * (BLOCK / WIDTH) * TILE..][..steps * TILE];
+                let factor = head.mask(s, scores, ROWS, first + g * ROWS, first_key);
                 let mut softmax = Softmax {
                     most: &mut most[g * ROWS..(g + 1) * ROWS],
                     sum: &mut sum[g * ROWS..(g + 1) * ROWS],
@@ -188,36 +182,18 @@ impl<W: Write> SimdOp for Block<'_, W> {
                     n: ROWS,
                 };
                 softmax.raise(s, scores, factor, 0);
-                exponentials(s, &mut softmax, scores, factor, p);
+                exponentials(s, scores, factor, softmax.most, softmax.sum, p);
             }
-            let v = &self.v[first / WIDTH * vt * TILE..];
-            let mut i = 0;
-            while i < vt {
-                let operands = Operands {
-                    a: &v[i * TILE..],
-                    a_row: 1,
-                    a_step: vt,
-                    b: p,
-                    b_group: KEYS / WIDTH,
-                    steps,
-                    c_group: vt,
-                };
-                let acc = &mut acc[i * SUMS..];
-                match vt - i {
-                    1 => self.tiles.multiply::<1>(operands, acc, true),
-                    2 | 4 => self.tiles.multiply::<2>(operands, acc, true),
-                    _ => self.tiles.multiply::<3>(operands, acc, true),
-                }
-                i += match vt - i {
-                    1 => 1,
-                    2 | 4 => 2,
-                    _ => 3,
-                };
+            let v = &v[first_key / WIDTH * vt * TILE..];
+            for i in 0..vt {
+                let (a, b_group) = (&v[i * TILE..], BLOCK / WIDTH);
+                let operands = Operands { a, a_step: vt, b: p, b_group, steps, c_group: vt, add: true };
+                tiles.multiply(operands, &mut acc[i * SUMS..]);
             }
         }
-        for g in (0..GROUPS).take_while(|g| self.first + g * ROWS < nq) {
+        for g in (0..GROUPS).take_while(|g| first + g * ROWS < nq) {
             let (acc, sum) = (&acc[g * vt * SUMS..(g + 1) * vt * SUMS], &sum[g * ROWS..(g + 1) * ROWS]);
-            self.head.finish(s, self.first + g * ROWS, ROWS, acc, sum, &mut self.out);
+            head.finish(s, first + g * ROWS, ROWS, acc, sum, &mut out);
         }
     }
 }
@@ -233,11 +209,11 @@ fn pack_q<S: Simd>(s: S, head: &QueryHead<'_>, first: usize, out: &mut [bf16]) {
     }
 }
 
-/// Exponentials of scores `[keys, 16]` as B tiles, keys in pairs, zeros behind the last.
+/// Exponentials of scores `[keys, 16]` as rows of B tiles: keys in pairs, zeros behind the last.
 #[inline(always)]
-fn exponentials<S: Simd>(s: S, softmax: &mut Softmax<'_>, scores: &[f32], factor: f32, p: &mut [bf16]) {
-    let (factor, minus) = (s.splat(factor), s.sub(s.splat(0.0), s.load(softmax.most)));
-    let mut sums = [s.load(softmax.sum), s.splat(0.0)];
+fn exponentials<S: Simd>(s: S, scores: &[f32], factor: f32, most: &[f32], sum: &mut [f32], p: &mut [bf16]) {
+    let (factor, minus) = (s.splat(factor), s.sub(s.splat(0.0), s.load(most)));
+    let mut sums = [s.load(sum), s.splat(0.0)];
     let mut pairs = scores.chunks_exact(2 * ROWS);
     let mut rows = p.chunks_exact_mut(WIDTH);
     for (pair, out) in (&mut pairs).zip(&mut rows) {
@@ -246,153 +222,12 @@ fn exponentials<S: Simd>(s: S, softmax: &mut Softmax<'_>, scores: &[f32], factor
         sums = [s.add(sums[0], a), s.add(sums[1], b)];
         s.store_bf16_pairs(a, b, out);
     }
-    let odd = pairs.remainder();
+    let (odd, mut rows) = (pairs.remainder(), p.chunks_exact_mut(WIDTH).skip(scores.len() / (2 * ROWS)));
     if !odd.is_empty() {
         let a = math::exp2_coarse(s, s.fma(s.load(odd), factor, minus));
         sums[0] = s.add(sums[0], a);
         s.store_bf16_pairs(a, s.splat(0.0), rows.next().expect("a row for each pair"));
     }
     rows.for_each(|row| row.fill(bf16::ZERO));
-    s.store(s.add(sums[0], sums[1]), softmax.sum);
-}
-
-/// What [`Tiles::multiply`] multiplies. Distances are in tiles.
-#[derive(Clone, Copy)]
-struct Operands<'a> {
-    a: &'a [bf16],
-    /// From one row of tiles of `a` to the next.
-    a_row: usize,
-    /// From one step of `a` to the next.
-    a_step: usize,
-    /// Steps are adjacent.
-    b: &'a [bf16],
-    /// From one column of tiles of `b` to the next.
-    b_group: usize,
-    steps: usize,
-    /// From one column of tiles of sums to the next.
-    c_group: usize,
-}
-
-/// The tile registers of this thread: 16 rows of 64 bytes each, given back when dropped.
-pub(super) struct Tiles(());
-
-/// The operand of `ldtilecfg`.
-#[repr(C, align(64))]
-struct TileConfig {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
-}
-
-/// A block of asm that multiplies, from zeroed or loaded sums to stored sums.
-macro_rules! multiply {
-    ($o:ident, $c:ident, $add:ident, zero: [$($zero:literal)+], load: [$($load:literal)+], step: [$($step:literal)+],
-     store: [$($store:literal)+]) => {
-        asm!(
-            "/* {a1} {a2} */",
-            "test {add}, {add}",
-            "jnz 2f",
-            $($zero,)+
-            "jmp 4f",
-            "2:",
-            $($load,)+
-            "4:",
-            $($step,)+
-            "add {a0}, {a_step}",
-            "add {a1}, {a_step}",
-            "add {a2}, {a_step}",
-            "add {b0}, 1024",
-            "add {b1}, 1024",
-            "dec {steps}",
-            "jnz 4b",
-            $($store,)+
-            add = in(reg) usize::from($add),
-            steps = inout(reg) $o.steps => _,
-            a0 = inout(reg) $o.a.as_ptr() => _,
-            a1 = inout(reg) $o.a.as_ptr().wrapping_add($o.a_row * TILE) => _,
-            a2 = inout(reg) $o.a.as_ptr().wrapping_add(2 * $o.a_row * TILE) => _,
-            a_step = in(reg) $o.a_step * TILE * 2,
-            b0 = inout(reg) $o.b.as_ptr() => _,
-            b1 = inout(reg) $o.b.as_ptr().wrapping_add($o.b_group * TILE) => _,
-            c0 = in(reg) $c.as_mut_ptr(),
-            c1 = in(reg) $c.as_mut_ptr().wrapping_add($o.c_group * SUMS),
-            row = in(reg) 64usize,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        )
-    };
-}
-
-impl Tiles {
-    /// Configures the tile registers.
-    ///
-    /// # Safety
-    /// This process may use AMX, and nothing else uses the tile registers of this thread while the value lives.
-    pub(super) unsafe fn new() -> Self {
-        let mut config =
-            TileConfig { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        config.row_bytes[..8].fill(64);
-        config.rows[..8].fill(16);
-        // SAFETY: AMX is there (the contract), and this is a configuration of palette 1.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly)) }
-        Tiles(())
-    }
-
-    /// `c[i, g] (+)= sum over the steps of a[i, step] * b[step, g]` for `M` rows and [`GROUPS`] columns of tiles; `c` is
-    /// `[groups][rows]` tiles of f32.
-    #[inline(always)]
-    fn multiply<const M: usize>(&self, o: Operands<'_>, c: &mut [f32], add: bool) {
-        assert!(o.steps > 0 && M >= 1 && M <= 3);
-        assert!(o.a.len() >= ((M - 1) * o.a_row + (o.steps - 1) * o.a_step + 1) * TILE, "tiles of a");
-        assert!(o.b.len() >= ((GROUPS - 1) * o.b_group + o.steps) * TILE, "tiles of b");
-        assert!(c.len() >= ((GROUPS - 1) * o.c_group + M) * SUMS, "tiles of sums");
-        // SAFETY: `Tiles` proves AMX and the configuration; all tiles that are read and written lie in the slices (checked),
-        // and a row beyond `M` isn't touched.
-        unsafe {
-            match M {
-                1 => multiply!(o, c, add,
-                    zero: ["tilezero tmm0" "tilezero tmm1"],
-                    load: ["tileloadd tmm0, [{c0} + {row}]" "tileloadd tmm1, [{c1} + {row}]"],
-                    step: ["tileloadd tmm6, [{a0} + {row}]" "tileloadd tmm7, [{b0} + {row}]"
-                           "tdpbf16ps tmm0, tmm6, tmm7" "tileloadd tmm7, [{b1} + {row}]"
-                           "tdpbf16ps tmm1, tmm6, tmm7"],
-                    store: ["tilestored [{c0} + {row}], tmm0" "tilestored [{c1} + {row}], tmm1"]),
-                2 => multiply!(o, c, add,
-                    zero: ["tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3"],
-                    load: ["tileloadd tmm0, [{c0} + {row}]" "tileloadd tmm1, [{c1} + {row}]"
-                           "tileloadd tmm2, [{c0} + {row} + 1024]" "tileloadd tmm3, [{c1} + {row} + 1024]"],
-                    step: ["tileloadd tmm4, [{a0} + {row}]" "tileloadd tmm6, [{b0} + {row}]"
-                           "tdpbf16ps tmm0, tmm4, tmm6" "tileloadd tmm7, [{b1} + {row}]"
-                           "tdpbf16ps tmm1, tmm4, tmm7" "tileloadd tmm5, [{a1} + {row}]"
-                           "tdpbf16ps tmm2, tmm5, tmm6" "tdpbf16ps tmm3, tmm5, tmm7"],
-                    store: ["tilestored [{c0} + {row}], tmm0" "tilestored [{c1} + {row}], tmm1"
-                            "tilestored [{c0} + {row} + 1024], tmm2" "tilestored [{c1} + {row} + 1024], tmm3"]),
-                _ => multiply!(o, c, add,
-                    zero: ["tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3" "tilezero tmm4" "tilezero tmm5"],
-                    load: ["tileloadd tmm0, [{c0} + {row}]" "tileloadd tmm1, [{c1} + {row}]"
-                           "tileloadd tmm2, [{c0} + {row} + 1024]" "tileloadd tmm3, [{c1} + {row} + 1024]"
-                           "tileloadd tmm4, [{c0} + {row} + 2048]" "tileloadd tmm5, [{c1} + {row} + 2048]"],
-                    step: ["tileloadd tmm6, [{a0} + {row}]" "tileloadd tmm7, [{b0} + {row}]"
-                           "tdpbf16ps tmm0, tmm6, tmm7" "tileloadd tmm7, [{b1} + {row}]"
-                           "tdpbf16ps tmm1, tmm6, tmm7" "tileloadd tmm6, [{a1} + {row}]"
-                           "tdpbf16ps tmm3, tmm6, tmm7" "tileloadd tmm7, [{b0} + {row}]"
-                           "tdpbf16ps tmm2, tmm6, tmm7" "tileloadd tmm6, [{a2} + {row}]"
-                           "tdpbf16ps tmm4, tmm6, tmm7" "tileloadd tmm7, [{b1} + {row}]"
-                           "tdpbf16ps tmm5, tmm6, tmm7"],
-                    store: ["tilestored [{c0} + {row}], tmm0" "tilestored [{c1} + {row}], tmm1"
-                            "tilestored [{c0} + {row} + 1024], tmm2" "tilestored [{c1} + {row} + 1024], tmm3"
-                            "tilestored [{c0} + {row} + 2048], tmm4" "tilestored [{c1} + {row} + 2048], tmm5"]),
-            }
-        }
-    }
-}
-
-impl Drop for Tiles {
-    fn drop(&mut self) {
-        // SAFETY: the value proves AMX.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) }
-    }
+    s.store(s.add(sums[0], sums[1]), sum);
 }

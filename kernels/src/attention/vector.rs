@@ -6,12 +6,15 @@ use crate::math;
 use crate::simd::{Element, MAX_LANES, Simd, SimdOp};
 use crate::view::Rows;
 
+use super::AttentionShape;
 use super::head::{KvHead, QueryHead, Write, load_square};
 use super::softmax::Softmax;
-use super::{AttentionShape, KEYS};
 
 /// Keys in a panel of K, and the multiple to which V's columns are padded.
 const PANEL: usize = 8;
+
+/// Keys that go through the running softmax at once.
+const KEYS: usize = 128;
 
 /// Vectors of queries in a block.
 const NV: usize = 3;

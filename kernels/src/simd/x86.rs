@@ -391,7 +391,9 @@ impl Simd for Avx512 {
             let half = _mm512_set1_epi32(0x8000);
             let low = _mm512_srli_epi32::<16>(_mm512_add_epi32(_mm512_castps_si512(a), half));
             let high = _mm512_add_epi32(_mm512_castps_si512(b), half);
-            _mm512_storeu_si512(dst.as_mut_ptr().cast(), _mm512_mask_blend_epi16(0xaaaa_aaaa, low, high))
+            let mask = _mm512_set1_epi32(0xffff_0000u32 as i32);
+            // high & mask | low
+            _mm512_storeu_si512(dst.as_mut_ptr().cast(), _mm512_ternarylogic_epi32::<0xea>(high, mask, low))
         })
     }
     #[inline(always)]
