@@ -18,7 +18,7 @@ use crate::precision::Precision;
 /// What the program itself comes to hold beside arena and weights: code, stacks, scratch memory, what the allocator keeps.
 const SLACK_BYTES: u64 = 12 << 20;
 /// What the tokenizer holds while it is there.
-const TOKENIZER_BYTES: u64 = 28 << 20;
+const TOKENIZER_BYTES: u64 = 12 << 20;
 /// The system maps a file in pieces of this size, so a step may hold so much more at either end of its weights.
 const FAULT_BYTES: u64 = 64 << 10;
 /// Memory that is left to others where no budget is given: a part of what is free, at least this.

@@ -271,7 +271,7 @@ pub struct Memory {
     pub measured_peak_bytes: Option<u64>,
     /// Activations and scratch of the largest part.
     pub arena_bytes: u64,
-    /// Weights that stay.
+    /// Weights that stay: of all networks, or of the one with the most where they take turns.
     pub weights_resident_bytes: u64,
     /// Weights that are read again for every pass.
     pub weights_streamed_bytes: u64,
@@ -285,7 +285,10 @@ impl Memory {
             predicted_peak_bytes: plan.predicted_peak,
             measured_peak_bytes: crate::memory::peak(),
             arena_bytes: plan.parts.iter().map(|p| p.arena_bytes()).max().unwrap_or(0),
-            weights_resident_bytes: plan.parts.iter().map(|p| p.resident_bytes).sum(),
+            weights_resident_bytes: match plan.keeps {
+                true => plan.parts.iter().map(|p| p.resident_bytes).sum(),
+                false => plan.parts.iter().map(|p| p.resident_bytes).max().unwrap_or(0),
+            },
             weights_streamed_bytes: plan.parts.iter().map(|p| p.streamed_bytes).sum(),
         }
     }
