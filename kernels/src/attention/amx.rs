@@ -18,7 +18,7 @@ use super::tiles::{GROUPS, Operands, ROWS, SUMS, TILE, Tiles, WIDTH};
 pub(super) const QUERIES: usize = GROUPS * ROWS;
 /// Keys in a block, a multiple of 32: few enough that their scores stay in L1, enough that the output isn't loaded and
 /// stored too often.
-const BLOCK: usize = 64;
+const BLOCK: usize = 128;
 
 /// Tiles of K along a head's columns.
 const fn k_tiles(d: usize) -> usize {
