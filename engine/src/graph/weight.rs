@@ -39,8 +39,7 @@ pub enum WeightKind {
         /// The order in which they lie.
         order: OutputOrder,
     },
-    /// Rows to be looked up `[rows, cols]`, row-major, in f16 (f32 where the checkpoint is f32 and `--quant f16` isn't
-    /// enough to hold it never happens: a table is stored as f16).
+    /// Rows to be looked up `[rows, cols]`, row-major f16.
     Table {
         /// Rows.
         rows: usize,
