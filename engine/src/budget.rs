@@ -194,7 +194,10 @@ fn fit(
     // Values are only made again in the VAE: pictures are what is too large to be kept.
     let picture = matches!(part, Part::VaeDecoder | Part::VaeEncoder);
     for remake in [false, true] {
-        for (network, banks) in networks {
+        for ((network, banks), options) in networks
+            .iter()
+            .flat_map(|network| [options, options.small_bands()].map(|options| (network, options)))
+        {
             let encodings = encodings(network.weights())?;
             let plan = Plan::new(network, &encodings, options);
             let window = window(&plan, |_| true);
