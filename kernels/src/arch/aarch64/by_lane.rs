@@ -30,7 +30,7 @@ pub(super) trait ByLane {
     unsafe fn load_acc(c: *const u8) -> Self::Acc;
     unsafe fn store_acc(c: *mut u8, acc: Self::Acc);
     unsafe fn add(x: Self::Acc, y: Self::Acc) -> Self::Acc;
-    unsafe fn load_a(a: *const u8) -> Self::Vector;
+    unsafe fn load_a<const R: usize>(a: [*const u8; R]) -> [Self::Vector; R];
     unsafe fn load_b(b: *const u8) -> Self::Vector;
     /// `acc` and the products of each output's weights with lane `LANE` of `a`.
     unsafe fn multiply<const LANE: i32>(acc: Self::Acc, a: Self::Vector, b: Self::Vector) -> Self::Acc;
@@ -73,7 +73,7 @@ unsafe fn rows_by_panel<L: ByLane, const R: usize>(t: &TileArgs, first: usize, s
         }
         let (mut a, mut b) = (t.a.add(first * t.a_stride), t.b);
         for _ in 0..t.k / (4 * L::K) {
-            let x: [L::Vector; R] = std::array::from_fn(|r| L::load_a(a.add(r * t.a_stride)));
+            let x: [L::Vector; R] = L::load_a(std::array::from_fn(|r| a.add(r * t.a_stride)));
             step::<L, R, 0>(&mut acc, &x, b);
             step::<L, R, 1>(&mut acc, &x, b.add(STEP_BYTES));
             step::<L, R, 2>(&mut acc, &x, b.add(2 * STEP_BYTES));
@@ -125,12 +125,9 @@ pub(super) unsafe fn peak<L: ByLane>(rounds: usize) {
     let bytes = std::hint::black_box([1u8; ROW_BYTES]);
     // SAFETY: the arrays have 16 bytes.
     unsafe {
-        let x = [L::load_a(bytes.as_ptr()); ROWS];
+        let (x, w) = (L::load_a([bytes.as_ptr(); ROWS]), L::load_b(bytes.as_ptr()));
         let mut acc = [[L::zero(); VECTORS]; ROWS];
         for _ in 0..rounds {
-            // Numbers that the optimizer doesn't know, or it would compute the products once.
-            let bytes = std::hint::black_box(&bytes);
-            let w = L::load_b(bytes.as_ptr());
             for (acc, &x) in acc.iter_mut().zip(&x) {
                 acc[0] = L::multiply::<0>(acc[0], x, w);
                 acc[1] = L::multiply::<1>(acc[1], x, w);

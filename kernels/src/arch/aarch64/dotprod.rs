@@ -39,9 +39,16 @@ impl ByLane for S8S8 {
         unsafe { vaddq_s32(x, y) }
     }
     #[inline(always)]
-    unsafe fn load_a(a: *const u8) -> int8x16_t {
-        // SAFETY: the caller vouches for the 16 bytes.
-        unsafe { vreinterpretq_s8_u8(veorq_u8(vld1q_u8(a), vdupq_n_u8(0x80))) }
+    unsafe fn load_a<const R: usize>(a: [*const u8; R]) -> [int8x16_t; R] {
+        // SAFETY: the caller vouches for 16 bytes each. The assembly sets a register.
+        unsafe {
+            let flip: uint8x16_t;
+            asm!("movi {:v}.16b, 0x80", out(vreg) flip, options(nomem, nostack, preserves_flags));
+            a.map(|a| {
+            let x: int8x16_t;
+            asm!("ldr {0:q}, [{2}]", "eor {0:v}.16b, {0:v}.16b, {1:v}.16b", out(vreg) x, in(vreg) flip, in(reg) a, options(readonly, nostack, preserves_flags));
+            x})
+        }
     }
     #[inline(always)]
     unsafe fn load_b(b: *const u8) -> int8x16_t {

@@ -194,10 +194,9 @@ unsafe fn peak<M: Matrix>(rounds: usize) {
     let bytes = std::hint::black_box([1u8; 16]);
     // SAFETY: the caller has the instruction; the array has 16 bytes.
     unsafe {
-        let x = vld1q_u8(bytes.as_ptr());
+        let (x, w) = (vld1q_u8(bytes.as_ptr()), vld1q_u8(bytes.as_ptr()));
         let mut acc = [vdupq_n_u32(0); ROWS / 2 * PAIRS];
         for _ in 0..rounds {
-            let w = vld1q_u8(bytes.as_ptr());
             for acc in &mut acc {
                 *acc = M::multiply(*acc, x, w);
             }

@@ -18,8 +18,11 @@ const MR: usize = 24;
 /// Rows of a piece: each needs 8 registers for its sums.
 const ROWS: usize = 2;
 
-/// Bytes of a row that a vector holds.
-const ROW_BYTES: usize = 16;
+/// Bytes of a row in a step.
+const ROW_BYTES: usize = 8;
+
+/// Bytes of a block of weights: four of each output.
+const BLOCK: usize = 64;
 
 /// The products of eight inputs of a row, four in all lanes of `x[0]` and the next four in `x[1]`, with their weights of four
 /// outputs, `w[0]` and `w[1]`. Of each output, `sums` has two: of the first and of the second half of each four inputs.
@@ -38,19 +41,6 @@ unsafe fn multiply(sums: &mut [int32x4_t; 2], x: [int8x16_t; 2], w: [int8x16_t; 
     }
 }
 
-/// Lanes `LOW` and `HIGH` of four inputs, each in all lanes of a vector.
-///
-/// # Safety
-/// The machine has NEON.
-#[inline(always)]
-unsafe fn broadcast<const LOW: i32, const HIGH: i32>(x: int8x16_t) -> [int8x16_t; 2] {
-    // SAFETY: the caller has NEON.
-    unsafe {
-        let x = vreinterpretq_s32_s8(x);
-        [vreinterpretq_s8_s32(vdupq_laneq_s32::<LOW>(x)), vreinterpretq_s8_s32(vdupq_laneq_s32::<HIGH>(x))]
-    }
-}
-
 /// Rows `first .. first + R` of a tile, sums beginning with `start`.
 ///
 /// # Safety
@@ -62,21 +52,19 @@ unsafe fn piece<const R: usize>(t: &TileArgs, first: usize, start: &[int32x4_t; 
         let mut sums = [[[vdupq_n_s32(0); 2]; VECTORS]; R];
         let (mut a, mut b) = (t.a.add(first * t.a_stride), t.b);
         for _ in 0..t.k / ROW_BYTES {
-            let rows: [int8x16_t; R] = std::array::from_fn(|r| {
-                let codes = vld1q_u8(a.add(r * t.a_stride));
-                vreinterpretq_s8_u8(veorq_u8(codes, vdupq_n_u8(0x80)))
+            let x: [[int8x16_t; 2]; R] = std::array::from_fn(|r| {
+                let codes = veor_u8(vld1_u8(a.add(r * t.a_stride)), vdup_n_u8(0x80));
+                let codes = vreinterpret_s32_u8(codes);
+                [vdupq_lane_s32::<0>(codes), vdupq_lane_s32::<1>(codes)].map(|x| vreinterpretq_s8_s32(x))
             });
-            for half in 0..2 {
-                let x = rows.map(|x| if half == 0 { broadcast::<0, 1>(x) } else { broadcast::<2, 3>(x) });
-                for v in 0..VECTORS {
-                    let w = [0, 1].map(|block| vld1q_s8(b.add(128 * half + 64 * block + 16 * v).cast()));
-                    for (sums, &x) in sums.iter_mut().zip(&x) {
-                        multiply(&mut sums[v], x, w);
-                    }
+            for v in 0..VECTORS {
+                let w = [0, BLOCK].map(|block| vld1q_s8(b.add(block + 16 * v).cast()));
+                for (sums, &x) in sums.iter_mut().zip(&x) {
+                    multiply(&mut sums[v], x, w);
                 }
             }
             a = a.wrapping_add(ROW_BYTES);
-            b = b.wrapping_add(4 * 64);
+            b = b.wrapping_add(2 * BLOCK);
         }
         for (r, sums) in sums.iter().enumerate() {
             for (v, [low, high]) in sums.iter().enumerate() {
@@ -94,12 +82,12 @@ unsafe fn piece<const R: usize>(t: &TileArgs, first: usize, start: &[int32x4_t; 
 /// The machine has NEON, and there is a panel of `t.k` inputs at `t.b`.
 #[inline(always)]
 unsafe fn offset(t: &TileArgs) -> [int32x4_t; VECTORS] {
-    // SAFETY: a block of four inputs is 64 bytes.
+    // SAFETY: a block has four inputs.
     unsafe {
         let mut sums = [vdupq_n_s32(0); VECTORS];
         for block in 0..t.k / 4 {
             for (v, sum) in sums.iter_mut().enumerate() {
-                *sum = vpadalq_s16(*sum, vpaddlq_s8(vld1q_s8(t.b.add(64 * block + 16 * v).cast())));
+                *sum = vpadalq_s16(*sum, vpaddlq_s8(vld1q_s8(t.b.add(BLOCK * block + 16 * v).cast())));
             }
         }
         sums.map(|sum| vshlq_n_s32::<7>(sum))
@@ -150,9 +138,9 @@ impl ByLane for F32 {
         unsafe { vaddq_f32(x, y) }
     }
     #[inline(always)]
-    unsafe fn load_a(a: *const u8) -> float32x4_t {
-        // SAFETY: the caller vouches for the 16 bytes.
-        unsafe { vld1q_f32(a.cast()) }
+    unsafe fn load_a<const R: usize>(a: [*const u8; R]) -> [float32x4_t; R] {
+        // SAFETY: the caller vouches for 16 bytes each.
+        a.map(|a| unsafe { vld1q_f32(a.cast()) })
     }
     #[inline(always)]
     unsafe fn load_b(b: *const u8) -> float32x4_t {
@@ -174,7 +162,7 @@ unsafe fn gemm_f32_6x16_neon(t: &TileArgs) {
 
 #[target_feature(enable = "neon")]
 unsafe fn peak_u8s8(rounds: usize) {
-    let bytes = std::hint::black_box([1i8; ROW_BYTES]);
+    let bytes = std::hint::black_box([1i8; 16]);
     // SAFETY: every AArch64 machine has NEON; the array has 16 bytes.
     unsafe {
         let x = [vld1q_s8(bytes.as_ptr()); 2];
