@@ -25,7 +25,7 @@ pub enum Isa {
     Neon,
     /// NEON with dotprod.
     Dotprod,
-    /// NEON with dotprod and i8mm.
+    /// NEON with dotprod, i8mm and bf16, which come together.
     I8mm,
 }
 
@@ -134,7 +134,7 @@ impl Isa {
         match self {
             Isa::Scalar | Isa::Neon => true,
             Isa::Dotprod => has!("dotprod"),
-            Isa::I8mm => has!("dotprod") && has!("i8mm"),
+            Isa::I8mm => has!("dotprod") && has!("i8mm") && has!("bf16"),
             _ => false,
         }
     }

@@ -258,10 +258,8 @@ pub(crate) struct AddTap<'a> {
 pub(crate) fn add_tap(args: &AddTap<'_>, sum: &mut [[f32; TILE_COLUMNS]]) {
     for (r, (sum, products)) in sum.iter_mut().zip(args.products).enumerate() {
         let scale = args.scale[r * args.scale_step];
-        for n in 0..TILE_COLUMNS {
-            let x = (products[n] - args.offset[n]) as f32 * scale;
-            sum[n] = if args.first { x } else { sum[n] + x };
-        }
+        let x: [f32; TILE_COLUMNS] = lanes(|n| (products[n] - args.offset[n]) as f32 * scale);
+        *sum = if args.first { x } else { lanes(|n| sum[n] + x[n]) };
     }
 }
 

@@ -198,7 +198,7 @@ fn kinds() -> Vec<(Encoding, Rank)> {
 #[test]
 fn linear_layers_of_every_size() {
     for (encoding, rank) in kinds() {
-        for m in [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 15, 16, 17, 31, 32, 33, 47] {
+        for m in [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 15, 16, 17, 31, 32, 33, 47, 48, 49] {
             Case::linear(m, 35, 70, encoding, rank).check();
         }
         for n in [1, 3, 4, 15, 16, 17, 31, 32, 33, 48, 64, 65] {
