@@ -19,7 +19,7 @@ pub enum Isa {
     Avx512,
     /// AVX-512 with VNNI.
     Avx512Vnni,
-    /// AVX-512 with VNNI, and AMX int8 and bf16 tiles.
+    /// AVX-512 with VNNI and BF16, and AMX int8 and bf16 tiles.
     Amx,
     /// NEON.
     Neon,
@@ -123,7 +123,7 @@ impl Isa {
             Isa::AvxVnni => avx2() && has!("avxvnni"),
             Isa::Avx512 => avx512(),
             Isa::Avx512Vnni => avx512() && has!("avx512vnni"),
-            Isa::Amx => avx512() && has!("avx512vnni") && amx::found(),
+            Isa::Amx => avx512() && has!("avx512vnni") && has!("avx512bf16") && amx::found(),
             _ => false,
         }
     }

@@ -6,7 +6,6 @@ use std::arch::asm;
 use super::VECTORS;
 use super::by_lane::{self, ByLane};
 use crate::Isa;
-use crate::arch::scalar;
 use crate::gemm::table::{BLOCK_BYTES, GemmKernel, Peak, Types};
 use crate::gemm::tile::TileArgs;
 
@@ -117,6 +116,6 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     block_bytes: BLOCK_BYTES,
     tile: gemm_u8s8_48x16_dotprod,
     peak: Peak { run: peak, ops: by_lane::peak_ops::<S8S8>() },
-    steps: &scalar::STEPS,
+    steps: &super::STEPS,
     leave: || (),
 };

@@ -10,7 +10,6 @@ use std::mem::MaybeUninit;
 
 use super::C_STRIDE;
 use crate::Isa;
-use crate::arch::scalar;
 use crate::gemm::table::{BLOCK_BYTES, GemmKernel, Peak, Types};
 use crate::gemm::tile::TileArgs;
 use crate::layout::TILE_N;
@@ -245,7 +244,7 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     block_bytes: BLOCK_BYTES,
     tile: gemm_u8s8_48x16_i8mm,
     peak: Peak { run: peak_u8s8, ops: peak_ops(1) },
-    steps: &scalar::STEPS,
+    steps: &super::STEPS,
     leave: || (),
 };
 
@@ -260,6 +259,6 @@ pub(crate) static GEMM_BF16: GemmKernel = GemmKernel {
     block_bytes: BLOCK_BYTES,
     tile: gemm_bf16_48x16_i8mm,
     peak: Peak { run: peak_bf16, ops: peak_ops(2) },
-    steps: &scalar::STEPS,
+    steps: &super::STEPS,
     leave: || (),
 };

@@ -8,7 +8,6 @@ use std::arch::aarch64::*;
 use super::by_lane::{self, ByLane};
 use super::{C_STRIDE, VECTORS};
 use crate::Isa;
-use crate::arch::scalar;
 use crate::gemm::table::{BLOCK_BYTES, GemmKernel, Peak, Types};
 use crate::gemm::tile::TileArgs;
 
@@ -196,7 +195,7 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     block_bytes: BLOCK_BYTES,
     tile: gemm_u8s8_24x16_neon,
     peak: Peak { run: peak_u8s8, ops: 2 * ROWS * VECTORS * 32 },
-    steps: &scalar::STEPS,
+    steps: &super::STEPS,
     leave: || (),
 };
 
@@ -211,6 +210,6 @@ pub(crate) static GEMM_F32: GemmKernel = GemmKernel {
     block_bytes: BLOCK_BYTES,
     tile: gemm_f32_6x16_neon,
     peak: Peak { run: peak_f32, ops: by_lane::peak_ops::<F32>() },
-    steps: &scalar::STEPS,
+    steps: &super::STEPS,
     leave: || (),
 };
