@@ -12,7 +12,7 @@ pub(super) const ROWS: usize = 6;
 pub(super) const ROW_BYTES: usize = 16;
 
 /// Bytes of one step of a panel: 4 bytes of each output.
-const STEP_BYTES: usize = 64;
+pub(super) const STEP_BYTES: usize = 64;
 
 /// One instruction set's way to multiply.
 ///

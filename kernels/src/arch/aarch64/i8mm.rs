@@ -3,6 +3,8 @@
 //!
 //! A panel has 4 bytes of an output together. A zip of two blocks brings 8 together; it is done for a strip of inputs into a
 //! buffer that stays in L1, and serves all rows of a tile. Pairs of rows are joined on registers, once per 8 products.
+//!
+//! `bfmmla` rounds its sums to odd and takes subnormal numbers for zero, whatever the thread's rounding mode.
 
 use std::arch::aarch64::*;
 use std::arch::asm;
