@@ -123,5 +123,6 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     tile: gemm_u8s8_48x16_dotprod,
     peak: Peak { run: peak, ops: by_lane::peak_ops::<S8S8>() },
     steps: &super::STEPS,
+    taps: 1,
     leave: || (),
 };
