@@ -11,7 +11,9 @@ use crate::simd::dispatch;
 use crate::view::{ImageShape, OperandMut, Rows, RowsMut};
 use crate::{Isa, Workers};
 use rows::Chunk;
-pub use stats::{STATS, group_finish, group_scales, group_stats, group_sums, sums_len, sums_rows};
+pub use stats::{
+    STATS, group_codings, group_finish, group_stats, group_sums, range_codings, sums_len, sums_rows,
+};
 
 /// What a pass reads: the columns of up to two tensors side by side (a concatenation that is never materialized).
 #[derive(Clone, Copy, Debug)]
@@ -71,8 +73,8 @@ pub const MAX_COLUMNS: usize = SCRATCH_BYTES / 4 / rows::SCRATCH_ROWS;
 const TASK_ELEMENTS: usize = 32 * 1024;
 
 /// Writes `activation(norm(source))` as the operand rows of a GEMM, `stride` elements each, with the border of `image`
-/// and the slack of each row zero. `U8` rows get a scale each, the row's largest magnitude / 127; `U8Uniform` rows have those of
-/// their images.
+/// and the slack of each row zero. `U8` rows get a scale each, the row's largest magnitude / 127; `U8Uniform` rows have the
+/// coding of their image.
 ///
 /// # Panics
 /// Where shapes don't agree, or for [`Activation::Geglu`].
@@ -186,8 +188,8 @@ impl Walk<'_> {
                 assert_eq!(scale.len(), rows, "scales of {rows} rows");
                 codes.len()
             }
-            OperandMut::U8Uniform { codes, scale } => {
-                assert_eq!(scale.len(), image.batch, "scales of {} images", image.batch);
+            OperandMut::U8Uniform { codes, images } => {
+                assert_eq!(images.len(), image.batch, "codings of {} images", image.batch);
                 codes.len()
             }
             OperandMut::Bf16(out) => out.len(),
@@ -213,13 +215,13 @@ impl Walk<'_> {
                     task(t, scratch, OperandMut::U8 { codes, scale });
                 });
             }
-            OperandMut::U8Uniform { codes, scale } => {
+            OperandMut::U8Uniform { codes, images } => {
                 let codes = Shared::new(codes);
                 workers.for_each(tasks, |t, scratch| {
                     let (first, n) = part(t);
                     // SAFETY: each task has its own rows.
                     let codes = unsafe { codes.slice(first * self.stride, n * self.stride) };
-                    task(t, scratch, OperandMut::U8Uniform { codes, scale });
+                    task(t, scratch, OperandMut::U8Uniform { codes, images });
                 });
             }
             OperandMut::Bf16(out) => {

@@ -7,10 +7,10 @@ use kernels::attention::{Attention, Mask, attention};
 use kernels::gemm::{Epilogue, Filter, Gemm, gemm, gemm_rows};
 use kernels::layout::Weight;
 use kernels::pass::{
-    Norm, STATS, Source, group_finish, group_scales, group_stats, group_sums, operand_pass, rows_pass,
-    sums_len,
+    Norm, STATS, Source, group_codings, group_finish, group_stats, group_sums, operand_pass, range_codings,
+    rows_pass, sums_len,
 };
-use kernels::view::{Border, ImageShape, Operand, OperandMut, Rows, RowsMut};
+use kernels::view::{Border, Coding, ImageShape, Operand, OperandMut, Rows, RowsMut};
 use kernels::{Isa, Workers, bf16, f16};
 
 use super::arena::Arena;
@@ -174,10 +174,10 @@ impl<'a> Session<'a> {
         let len = rows * o.stride;
         match (o.kind, o.scale) {
             (OperandKind::U8, Some(scale)) => {
-                let scales = if o.uniform { image.batch } else { rows };
-                Operand::U8 {
-                    codes: &self.read(o.buf, bank)[..len],
-                    scale: &self.read(scale, bank)[..scales],
+                let codes = &self.read(o.buf, bank)[..len];
+                match o.uniform {
+                    true => Operand::U8Uniform { codes, images: &self.read(scale, bank)[..image.batch] },
+                    false => Operand::U8 { codes, scale: &self.read(scale, bank)[..rows] },
                 }
             }
             (OperandKind::U8, None) => unreachable!("8-bit rows have scales"),
@@ -186,21 +186,21 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Where a pass writes; `scales` makes the scales of images, where these have scales.
+    /// Where a pass writes; `codings` makes those of images, where these have them.
     fn operand_mut(
         &self,
         o: OperandBuf,
         bank: usize,
         image: &ImageShape,
-        scales: impl FnOnce(&mut [f32]),
+        codings: impl FnOnce(&mut [Coding]),
     ) -> OperandMut<'_> {
         let rows = image.operand_rows();
         let len = rows * o.stride;
         match (o.kind, o.scale) {
             (OperandKind::U8, Some(scale)) if o.uniform => {
-                let scale = &mut self.write(scale, bank)[..image.batch];
-                scales(scale);
-                OperandMut::U8Uniform { codes: &mut self.write(o.buf, bank)[..len], scale }
+                let images = &mut self.write(scale, bank)[..image.batch];
+                codings(images);
+                OperandMut::U8Uniform { codes: &mut self.write(o.buf, bank)[..len], images }
             }
             (OperandKind::U8, Some(scale)) => OperandMut::U8 {
                 codes: &mut self.write(o.buf, bank)[..len],
@@ -215,7 +215,7 @@ impl<'a> Session<'a> {
     /// The norm for images `images`.
     fn norm(&self, norm: NormSpec, bank: usize, images: Range<usize>) -> Norm<'_> {
         match norm {
-            NormSpec::None => Norm::None,
+            NormSpec::None | NormSpec::Range { .. } => Norm::None,
             NormSpec::Group { stats, groups, gamma, beta } => Norm::Group {
                 stats: &self.read(stats, bank)[images.start * groups * STATS..images.end * groups * STATS],
                 groups,
@@ -248,9 +248,17 @@ impl<'a> Session<'a> {
                 BandOp::Pass { source, input, norm, activation, out, .. } => {
                     let part = |r: RowsBuf| (self.rows(r, bank, pixels(r, input, rows)), r.c);
                     let source = Source { parts: source.map(|r| r.map(part)) };
+                    let ranges = match norm {
+                        NormSpec::Range { stats } => {
+                            &self.read(stats, bank)[images.start * STATS..images.end * STATS]
+                        }
+                        _ => &[],
+                    };
                     let norm = self.norm(norm, bank, images.clone());
-                    let operand =
-                        self.operand_mut(out, bank, shape, |scales| group_scales(norm, activation, scales));
+                    let operand = self.operand_mut(out, bank, shape, |images| match norm {
+                        Norm::Group { .. } => group_codings(norm, activation, images),
+                        _ => range_codings(ranges, images),
+                    });
                     operand_pass(workers, isa, source, *shape, norm, activation, operand, out.stride);
                 }
                 BandOp::Gemm { operand, weight, bias, image_bias, activation, residual, out } => {

@@ -191,6 +191,24 @@ impl Lowering<'_> {
         (self.source(x), norm, activation, weights)
     }
 
+    /// What is known of the numbers of `x`, which a pass with `norm` and `activation` writes as an operand for `filter`: the
+    /// range too, where a large convolution of 8-bit rows would not get a common scale otherwise.
+    fn with_range(
+        &mut self,
+        x: Tensor,
+        norm: NormSpec,
+        activation: Activation,
+        kind: OperandKind,
+        filter: Filter,
+    ) -> NormSpec {
+        let bare = matches!(norm, NormSpec::None) && activation == Activation::None;
+        if bare && kind == OperandKind::U8 && filter.upsample {
+            NormSpec::Range { stats: self.group_stats(x, x, 1, 1.0) }
+        } else {
+            norm
+        }
+    }
+
     /// As `pass_into`, with the value that the pass reads in place of its rows.
     fn pass_of(&mut self, t: Tensor) -> (Tensor, NormSpec, Activation, Vec<usize>) {
         match self.network.nodes[t.0] {
@@ -272,6 +290,7 @@ impl Lowering<'_> {
         };
         let kind = self.operand_kind(weight);
         let (from, norm, pass_activation, weights) = self.pass_of(x);
+        let norm = self.with_range(x, norm, pass_activation, kind, filter);
         let input = if chain.flat { dims } else { self.network.values[x.0].dims };
         let source = self.chain_source(chain, from, input);
         let image_bias = image_bias.map(|t| self.rows_of(t).buf);
@@ -315,7 +334,9 @@ impl Lowering<'_> {
     /// An operand of `c` columns for `filter`, from a pass with `norm`.
     fn new_operand(&mut self, kind: OperandKind, c: usize, filter: Filter, norm: NormSpec) -> OperandBuf {
         let scale = (kind == OperandKind::U8).then(|| self.buffer(0));
-        let uniform = scale.is_some() && filter != Filter::POINT && matches!(norm, NormSpec::Group { .. });
+        let uniform = scale.is_some()
+            && filter != Filter::POINT
+            && matches!(norm, NormSpec::Group { .. } | NormSpec::Range { .. });
         OperandBuf { buf: self.buffer(0), scale, uniform, kind, stride: c.next_multiple_of(TILE_K) }
     }
 
@@ -417,6 +438,10 @@ impl Lowering<'_> {
                 None => self.pass_into(x),
             };
             weights = w;
+            let norm = match joins {
+                Some(_) => norm,
+                None => self.with_range(x, norm, activation, kind, filter),
+            };
             let out = self.new_operand(kind, self.network.values[x.0].c, filter, norm);
             ops.push(BandOp::Pass { source, input, filter, border, norm, activation, out });
             out

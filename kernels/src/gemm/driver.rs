@@ -58,8 +58,6 @@ struct Plan<'a> {
     widens: bool,
     /// Weights must be unpacked for the kernel.
     unpacks: bool,
-    /// Rows of codes have scales of their own, not images.
-    by_row: bool,
     /// Taps are added up in f32, as each meets pixels of other scales.
     by_tap: bool,
     /// Accumulators wait in memory between chunks.
@@ -90,22 +88,18 @@ pub(super) fn run(
     let Gemm { operand, input, filter, weight, epilogue, out } = call;
     let widens = !matches!(
         (operand, kernel.types),
-        (Operand::U8 { .. }, Types::U8S8) | (Operand::Bf16(_), Types::Bf16) | (Operand::F32(_), Types::F32)
+        (Operand::U8 { .. } | Operand::U8Uniform { .. }, Types::U8S8)
+            | (Operand::Bf16(_), Types::Bf16)
+            | (Operand::F32(_), Types::F32)
     );
     let unpacks = !matches!(
         (weight.encoding, kernel.types),
         (Encoding::Q8, Types::U8S8) | (Encoding::Bf16, Types::Bf16) | (Encoding::F32, Types::F32)
     );
-    let by_tap = match operand {
-        Operand::U8 { scale, .. } => weight.shape.taps > 1 && scale.len() == input.operand_rows(),
-        _ => false,
-    };
+    let by_tap = matches!(operand, Operand::U8 { .. }) && weight.shape.taps > 1;
     let chunks = chunks(&weight, kernel, widens, by_tap);
     let keeps = !chunks.iter().all(|chunk| chunk.first && chunk.last);
-    let by_image = match operand {
-        Operand::U8 { scale, .. } if scale.len() != input.operand_rows() => true,
-        _ => epilogue.image_bias.is_some(),
-    };
+    let by_image = matches!(operand, Operand::U8Uniform { .. }) || epilogue.image_bias.is_some();
     let geometry = Geometry::new(&input, &filter, kernel.mr, by_image, rows);
     let row_bytes = (weight.shape.k_padded() * kernel.types.row_bytes()).max(1);
     let block_rows = if widens || by_tap && weight.bytes.len() <= RESIDENT_WEIGHT {
@@ -127,7 +121,6 @@ pub(super) fn run(
         chunks,
         widens,
         unpacks,
-        by_row: matches!(operand, Operand::U8 { scale, .. } if scale.len() == input.operand_rows()),
         by_tap,
         keeps,
         block_rows,
@@ -312,7 +305,7 @@ impl<'a> Plan<'a> {
                 let row = self.geometry.operand_row(tile, chunk.tap) + r * self.geometry.operand_step;
                 let piece = row * stride + chunk.k..row * stride + chunk.k + chunk.len;
                 let widen = match self.operand {
-                    Operand::U8 { codes, .. } => Widen::U8(&codes[piece]),
+                    Operand::U8 { codes, .. } | Operand::U8Uniform { codes, .. } => Widen::U8(&codes[piece]),
                     Operand::Bf16(rows) => Widen::Bf16(&rows[piece]),
                     Operand::F32(_) => unreachable!("f32 rows are read where they lie"),
                 };
@@ -356,10 +349,10 @@ impl<'a> Plan<'a> {
     /// The scale of the operand row that row 0 of `tile` meets at `tap`, and from there to the next row's.
     fn row_scale(&self, tile: &RowTile, tap: usize) -> (&'a [f32], usize) {
         match self.operand {
-            Operand::U8 { scale, .. } if !self.by_row => (&scale[tile.image..], 0),
             Operand::U8 { scale, .. } => {
                 (&scale[self.geometry.operand_row(tile, tap)..], self.geometry.operand_step)
             }
+            Operand::U8Uniform { images, .. } => (std::slice::from_ref(&images[tile.image].scale), 0),
             Operand::Bf16(_) | Operand::F32(_) => (&[1.0], 0),
         }
     }
@@ -381,7 +374,9 @@ impl<'a> Plan<'a> {
         let padded = self.weight.shape.k_padded();
         let (rows, a_stride): (&[u8], usize) = match self.operand {
             _ if self.widens => (widened, chunk.len * element),
-            Operand::U8 { codes, .. } => (codes, padded * self.geometry.operand_step),
+            Operand::U8 { codes, .. } | Operand::U8Uniform { codes, .. } => {
+                (codes, padded * self.geometry.operand_step)
+            }
             Operand::Bf16(rows) => {
                 (bytemuck::cast_slice(rows), padded * self.geometry.operand_step * element)
             }
@@ -441,10 +436,14 @@ impl<'a> Plan<'a> {
         sums: Option<&[[f32; TILE_COLUMNS]]>,
     ) {
         let (scale, scale_step) = self.row_scale(tile, 0);
+        let mut offset = columns.offset;
+        if let Operand::U8Uniform { images, .. } = self.operand {
+            offset = offset.map(|sum| sum * images[tile.image].zero);
+        }
         let sums = match sums {
             Some(sums) => Sums::Float(sums),
             None if self.kernel.types.is_integer() => {
-                Sums::Integer { sums: products, offset: &columns.offset, scale, scale_step }
+                Sums::Integer { sums: products, offset: &offset, scale, scale_step }
             }
             None => Sums::Float(bytemuck::cast_slice(products)),
         };
@@ -510,7 +509,8 @@ struct Columns {
     inputs: usize,
     scale: [f32; TILE_COLUMNS],
     bias: [f32; TILE_COLUMNS],
-    /// 128 times the sum of each output's weights: over the tap at hand where taps are added up, else over all.
+    /// The sum of each output's weights, over the tap at hand where taps are added up, else over all; 128 times as much where
+    /// that is the code of zero in all rows.
     offset: [i32; TILE_COLUMNS],
 }
 
@@ -540,14 +540,15 @@ impl Columns {
         columns
     }
 
-    /// 128 times the sum of each output's weights over `taps`.
+    /// The sum of each output's weights over `taps`, times the code of zero if all rows have the same.
     fn offset(&self, plan: &Plan<'_>, taps: Range<usize>) -> [i32; TILE_COLUMNS] {
+        let zero = if let Operand::U8Uniform { .. } = plan.operand { 1 } else { 128 };
         let mut offset = [0; TILE_COLUMNS];
         for p in 0..self.panels {
             let panel = plan.weight.panel(self.pair * PAIR + p);
             for tap in taps.clone() {
                 for (offset, sum) in offset[p * TILE_N..].iter_mut().zip(panel.sum(tap)) {
-                    *offset += 128 * sum;
+                    *offset += zero * sum;
                 }
             }
         }
@@ -571,15 +572,16 @@ pub(super) fn check(call: &Gemm<'_>, rows: Option<&Range<usize>>) {
     }
     assert_eq!(weight.bytes.len(), shape.bytes(weight.encoding), "{:?} weight {shape:?}", weight.encoding);
     let elements = input.operand_rows() * shape.k_padded();
+    if let Some(codes) = operand.codes() {
+        assert!(weight.encoding.is_integer(), "u8 rows with {:?} weights", weight.encoding);
+        assert_eq!(codes.len(), elements, "operand of {input:?} with {shape:?}");
+    }
     match operand {
-        Operand::U8 { codes, scale } => {
-            assert!(weight.encoding.is_integer(), "u8 rows with {:?} weights", weight.encoding);
-            assert_eq!(codes.len(), elements, "operand of {input:?} with {shape:?}");
-            assert!(
-                scale.len() == input.operand_rows() || scale.len() == input.batch,
-                "{} scales of {input:?}",
-                scale.len()
-            );
+        Operand::U8 { scale, .. } => {
+            assert_eq!(scale.len(), input.operand_rows(), "scales of {input:?}");
+        }
+        Operand::U8Uniform { images, .. } => {
+            assert_eq!(images.len(), input.batch, "codings of {input:?}");
         }
         Operand::Bf16(rows) => assert_eq!(rows.len(), elements, "operand of {input:?} with {shape:?}"),
         Operand::F32(rows) => assert_eq!(rows.len(), elements, "operand of {input:?} with {shape:?}"),

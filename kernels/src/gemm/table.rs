@@ -99,7 +99,9 @@ impl GemmKernel {
     /// bits of [`Encoding::F16`] in [`Types::Bf16`].
     pub fn suits(&self, operand: &Operand<'_>, encoding: Encoding) -> bool {
         match operand {
-            Operand::U8 { .. } => self.types.is_integer() && encoding.is_integer(),
+            Operand::U8 { .. } | Operand::U8Uniform { .. } => {
+                self.types.is_integer() && encoding.is_integer()
+            }
             Operand::Bf16(_) if self.types == Types::Bf16 => encoding != Encoding::F32,
             Operand::Bf16(_) | Operand::F32(_) => self.types == Types::F32,
         }

@@ -5,7 +5,7 @@ use crate::bf16;
 use crate::gemm::Activation;
 use crate::math;
 use crate::simd::{Element, MAX_LANES, Simd, SimdOp};
-use crate::view::{ImageShape, OperandMut, Rows};
+use crate::view::{Coding, ImageShape, OperandMut, Rows};
 
 use super::stats::STATS;
 use super::{Norm, Walk};
@@ -47,7 +47,7 @@ impl SimdOp for Chunk<'_> {
             let mut made = None;
             if i < rows {
                 match image.pixel(self.first + i) {
-                    None => self.out.zero_row(i, stride),
+                    None => self.out.zero_row(i, stride, image.image(self.first + i)),
                     Some((b, pixel)) => {
                         if let Norm::Group { stats, groups, gamma, beta } = norm
                             && image_of_factors != b
@@ -75,6 +75,12 @@ impl SimdOp for Chunk<'_> {
 }
 
 impl ImageShape {
+    /// The image of operand row `row`.
+    #[inline(always)]
+    fn image(&self, row: usize) -> usize {
+        row / (self.full_h() * self.full_w())
+    }
+
     /// The image and the source pixel that operand row `row` holds, none on the border.
     #[inline(always)]
     fn pixel(&self, row: usize) -> Option<(usize, usize)> {
@@ -96,13 +102,15 @@ impl OperandMut<'_> {
         }
     }
 
-    fn zero_row(&mut self, i: usize, stride: usize) {
+    fn zero_row(&mut self, i: usize, stride: usize, image: usize) {
         match self {
             OperandMut::U8 { codes, scale } => {
                 codes[i * stride..(i + 1) * stride].fill(128);
                 scale[i] = 0.0;
             }
-            OperandMut::U8Uniform { codes, .. } => codes[i * stride..(i + 1) * stride].fill(128),
+            OperandMut::U8Uniform { codes, images } => {
+                codes[i * stride..(i + 1) * stride].fill(images[image].zero as u8);
+            }
             OperandMut::Bf16(out) => out[i * stride..(i + 1) * stride].fill(bf16::ZERO),
             OperandMut::F32(out) => out[i * stride..(i + 1) * stride].fill(0.0),
         }
@@ -396,11 +404,12 @@ fn write_row<S: Simd>(
             let most = s.max_lane(most);
             let (inverse, step) = if most < LEAST { (0.0, 0.0) } else { (127.0 / most, most / 127.0) };
             scale[i] = step;
-            write_codes(s, row, inverse, &mut codes[i * stride..(i + 1) * stride]);
+            write_codes(s, row, inverse, 128, &mut codes[i * stride..(i + 1) * stride]);
         }
-        OperandMut::U8Uniform { codes, scale } => {
-            let inverse = if scale[image] * 127.0 < LEAST { 0.0 } else { 1.0 / scale[image] };
-            write_codes(s, row, inverse, &mut codes[i * stride..(i + 1) * stride]);
+        OperandMut::U8Uniform { codes, images } => {
+            let Coding { scale, zero } = images[image];
+            let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+            write_codes(s, row, inverse, zero, &mut codes[i * stride..(i + 1) * stride]);
         }
         OperandMut::Bf16(out) => {
             let (out, slack) = out[i * stride..(i + 1) * stride].split_at_mut(row.len());
@@ -423,16 +432,17 @@ fn write_row<S: Simd>(
 }
 
 #[inline(always)]
-fn write_codes<S: Simd>(s: S, row: &[f32], inverse: f32, codes: &mut [u8]) {
+fn write_codes<S: Simd>(s: S, row: &[f32], inverse: f32, zero: i32, codes: &mut [u8]) {
     let (codes, slack) = codes.split_at_mut(row.len());
-    let inverse = s.splat(inverse);
+    let (inverse, shift) = (s.splat(inverse), s.splat((zero - 128) as f32));
     let mut src = row.chunks_exact(S::LANES);
     let mut dst = codes.chunks_exact_mut(S::LANES);
     for (x, y) in (&mut src).zip(&mut dst) {
-        s.store_codes(s.mul(s.load(x), inverse), y);
+        s.store_codes(s.fma(s.load(x), inverse, shift), y);
     }
     if !src.remainder().is_empty() {
-        s.store_codes_partial(s.mul(s.load_partial(src.remainder()), inverse), dst.into_remainder());
+        let x = s.fma(s.load_partial(src.remainder()), inverse, shift);
+        s.store_codes_partial(x, dst.into_remainder());
     }
     slack.fill(128);
 }

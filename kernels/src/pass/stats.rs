@@ -7,7 +7,7 @@ use bytemuck::cast_slice_mut;
 use crate::Isa;
 use crate::par::{Shared, Workers};
 use crate::simd::{Element, Simd, SimdOp, dispatch};
-use crate::view::{ImageShape, Rows};
+use crate::view::{Coding, ImageShape, Rows};
 
 use super::rows::AHEAD;
 use super::{Norm, Source};
@@ -136,17 +136,22 @@ pub fn group_finish(
     }
 }
 
-/// Scales of an operand with one for each image: `scale[b]` is a bound of the magnitudes of `activation(norm(x))` over image
-/// b, from what [`group_stats`] knows, over 127. An image of zeros gets 0.
+/// Codings of an operand with one for each image, whose codes span `activation(norm(x))` over that image and zero, by what
+/// [`group_stats`] knows.
 ///
 /// # Panics
 /// Where shapes don't agree, or for a norm that isn't [`Norm::Group`].
-pub fn group_scales(norm: Norm<'_>, activation: Activation, scale: &mut [f32]) {
+pub fn group_codings(norm: Norm<'_>, activation: Activation, images: &mut [Coding]) {
     let Norm::Group { stats, groups, gamma, beta } = norm else { panic!("group statistics for {norm:?}") };
-    assert_eq!(stats.len(), scale.len() * groups * STATS, "statistics of {} x {groups} groups", scale.len());
+    assert_eq!(
+        stats.len(),
+        images.len() * groups * STATS,
+        "statistics of {} x {groups} groups",
+        images.len()
+    );
     let size = gamma.len() / groups.max(1);
-    for (scale, stats) in scale.iter_mut().zip(stats.chunks_exact(groups * STATS)) {
-        let mut bound = 0f32;
+    for (image, stats) in images.iter_mut().zip(stats.chunks_exact(groups * STATS)) {
+        let (mut low, mut high) = (0f32, 0f32);
         for (&[mean, rstd, least, most], (gamma, beta)) in
             stats.as_chunks().0.iter().zip(gamma.chunks_exact(size).zip(beta.chunks_exact(size)))
         {
@@ -154,23 +159,46 @@ pub fn group_scales(norm: Norm<'_>, activation: Activation, scale: &mut [f32]) {
                 let factor = rstd * gamma;
                 let ends = [least, most].map(|x| (x - mean) * factor + beta);
                 for y in ends {
-                    bound = bound.max(magnitude(activation, y));
+                    let y = bound(activation, y);
+                    (low, high) = (low.min(y), high.max(y));
                 }
             }
         }
-        *scale = bound / 127.0;
+        *image = coding(low, high);
     }
 }
 
-/// A bound of `|f(t)|` for all t from 0 to `y`.
-fn magnitude(activation: Activation, y: f32) -> f32 {
+/// The coding whose codes 1 to 255 span `low <= 0` to `high >= 0`.
+fn coding(low: f32, high: f32) -> Coding {
+    let scale = (high - low) / 254.0;
+    // A span of next to nothing, or of infinity, is coded as nothing.
+    if !(1e-30..1e30).contains(&scale) {
+        return Coding { scale: 0.0, zero: 128 };
+    }
+    Coding { scale, zero: 1 + (-low / scale).round() as i32 }
+}
+
+/// As [`group_codings`] for `x` itself: `stats` are those of a single group, `[batch, STATS]`.
+///
+/// # Panics
+/// Where shapes don't agree.
+pub fn range_codings(stats: &[f32], images: &mut [Coding]) {
+    let (stats, rest) = stats.as_chunks::<STATS>();
+    assert!(stats.len() == images.len() && rest.is_empty(), "ranges of {} images", images.len());
+    for (image, &[_, _, least, most]) in images.iter_mut().zip(stats) {
+        *image = coding(least.min(0.0), most.max(0.0));
+    }
+}
+
+/// The end farther from 0 of what `activation` makes of all t from 0 to `y`.
+fn bound(activation: Activation, y: f32) -> f32 {
     /// `-min x sigmoid(x)`.
     const DIP: f32 = 0.278_465;
     match activation {
-        Activation::Silu if y < 0.0 => DIP.min(-y),
+        Activation::Silu if y < 0.0 => y.max(-DIP),
         // Within the error of the coarse function.
         Activation::Silu => 1.001 * y / (1.0 + (-y).exp()),
-        _ => y.abs(),
+        _ => y,
     }
 }
 

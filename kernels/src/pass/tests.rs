@@ -2,7 +2,7 @@ use super::*;
 use crate::bf16;
 use crate::reference::pass as reference;
 use crate::simd::tests::tiers;
-use crate::view::Border;
+use crate::view::{Border, Coding};
 
 fn noise(n: usize, seed: u32, mean: f32) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9) | 1;
@@ -153,22 +153,33 @@ fn check(
         }
     }
 
-    let mut scale: Vec<f32> = (1..=image.batch).map(|b| b as f32 * 0.01).collect();
+    let mut images: Vec<Coding> =
+        (1..=image.batch as i32).map(|b| Coding { scale: b as f32 * 0.01, zero: 100 + b }).collect();
     if matches!(norm, Norm::Group { .. }) {
-        group_scales(norm, activation, &mut scale);
-        let image = wide.len() / scale.len();
-        for (scale, wide) in scale.iter().zip(wide.chunks_exact(image)) {
-            let most = wide.iter().fold(0f32, |m, x| m.max(x.abs()));
-            assert!(127.0 * scale >= most * 0.9999, "{what}: a bound of {} for {most}", 127.0 * scale);
+        group_codings(norm, activation, &mut images);
+        let each = wide.len() / images.len();
+        for (image, wide) in images.iter().zip(wide.chunks_exact(each)) {
+            for x in wide {
+                let code = f64::from(*x) / f64::from(image.scale) + f64::from(image.zero);
+                assert!((0.4..255.6).contains(&code) || *x == 0.0, "{what}: {x} is {code} in {image:?}");
+            }
         }
     }
-    let out = OperandMut::U8Uniform { codes: &mut codes, scale: &scale };
+    let out = OperandMut::U8Uniform { codes: &mut codes, images: &images };
     operand_pass(workers, isa, source, image, norm, activation, out, stride);
-    let each = wide.len() / scale.len();
+    let each = wide.len() / images.len();
     for (i, (&got, &x)) in codes.iter().zip(&wide).enumerate() {
-        let scale = scale[i / each];
-        let want = quantized(x, if scale > 0.0 { 1.0 / scale } else { 0.0 });
-        assert!(got == want || coarse > 0.0 && got.abs_diff(want) == 1, "{what}: uniform: {got} for {want}");
+        let Coding { scale, zero } = images[i / each];
+        if i % stride >= source.columns() {
+            continue; // meets weights that are zero
+        }
+        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        let want =
+            (x.mul_add(inverse, (zero - 128) as f32).round_ties_even().clamp(-127.0, 127.0) + 128.0) as u8;
+        assert!(
+            got.abs_diff(want) <= u8::from(coarse > 0.0 || isa == Isa::Scalar),
+            "{what}: uniform: {got} for {want}"
+        );
     }
 }
 
