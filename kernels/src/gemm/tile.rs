@@ -13,6 +13,7 @@ pub(crate) struct TileArgs {
     /// Row 0 of each tap, `k` elements. Places beyond `taps` are not looked at.
     pub(crate) a: [*const u8; MAX_TAPS],
     /// Taps that are summed: 1 to the kernel's [`taps`](crate::gemm::GemmKernel::taps).
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "all tiles sum one tap at a time"))]
     pub(crate) taps: usize,
     /// From row to row.
     pub(crate) a_stride: usize,
@@ -21,6 +22,7 @@ pub(crate) struct TileArgs {
     /// The blocks of panel 0, from the first k of the first tap.
     pub(crate) b: *const u8,
     /// From tap to tap.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "all tiles sum one tap at a time"))]
     pub(crate) b_tap: usize,
     /// From panel to panel.
     pub(crate) b_stride: usize,
