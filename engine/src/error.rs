@@ -64,6 +64,12 @@ pub enum Error {
         /// Name in the sampler table.
         sampler: &'static str,
     },
+    /// A sampler over timesteps for a model that has none.
+    #[error("the sampler {sampler} needs timesteps, and this model has continuous noise levels (EDM)")]
+    NoTimesteps {
+        /// Name in the sampler table.
+        sampler: &'static str,
+    },
     /// Latents of another size than the picture's.
     #[error("the latents are {found:?} where {expected:?} is wanted ([channels, height, width])")]
     LatentsShape {
@@ -129,6 +135,7 @@ impl Error {
             Error::UnknownSampler { known, .. } => Some(format!("known samplers: {}", known.join(", "))),
             Error::UnknownSchedule { known, .. } => Some(format!("known schedules: {}", known.join(", "))),
             Error::OwnSchedule { .. } => Some("leave --schedule out, or choose another --sampler".into()),
+            Error::NoTimesteps { .. } => Some("choose another --sampler, for example dpmpp_2m or euler".into()),
             Error::LatentsShape { expected: [_, h, w], .. } => {
                 Some(format!("the latents must belong to the picture's size, here {w} wide and {h} high"))
             }

@@ -124,6 +124,9 @@ impl Request {
         if Spread::find(&self.schedule)? != Spread::Model && !entry.takes_schedule {
             return Err(Error::OwnSchedule { sampler: entry.name });
         }
+        if card.schedule.edm.is_some() && !entry.takes_schedule {
+            return Err(Error::NoTimesteps { sampler: entry.name });
+        }
         if let Some(latents) = &self.init_latents {
             let expected = self.latents_shape(card);
             let found = latents.shape;
