@@ -24,6 +24,7 @@ mod plan;
 mod progress;
 mod report;
 mod size;
+mod synthetic;
 mod terminal;
 
 use std::process::ExitCode;
@@ -66,6 +67,7 @@ pub fn sdfast(arguments: Sdfast) -> Result<()> {
 pub fn sdconv(arguments: Sdconv) -> Result<()> {
     match arguments.command {
         Some(ConvertCommand::Inspect(arguments)) => inspect::run(&arguments),
+        Some(ConvertCommand::Synthetic(arguments)) => synthetic::run(&arguments),
         None => convert_checkpoint::run(arguments.convert),
     }
 }

@@ -396,7 +396,12 @@ impl VaeConfig {
         positive("scaling_factor", f64::from(self.scaling_factor))?;
         for list in [&self.latents_mean, &self.latents_std] {
             if !list.is_empty() {
-                inside("numbers for the latents' channels", list.len(), self.latent_channels, self.latent_channels)?;
+                inside(
+                    "numbers for the latents' channels",
+                    list.len(),
+                    self.latent_channels,
+                    self.latent_channels,
+                )?;
             }
         }
         self.latents_mean.iter().try_for_each(|&mean| finite("latents_mean", f64::from(mean)))?;

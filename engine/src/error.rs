@@ -135,7 +135,9 @@ impl Error {
             Error::UnknownSampler { known, .. } => Some(format!("known samplers: {}", known.join(", "))),
             Error::UnknownSchedule { known, .. } => Some(format!("known schedules: {}", known.join(", "))),
             Error::OwnSchedule { .. } => Some("leave --schedule out, or choose another --sampler".into()),
-            Error::NoTimesteps { .. } => Some("choose another --sampler, for example dpmpp_2m or euler".into()),
+            Error::NoTimesteps { .. } => {
+                Some("choose another --sampler, for example dpmpp_2m or euler".into())
+            }
             Error::LatentsShape { expected: [_, h, w], .. } => {
                 Some(format!("the latents must belong to the picture's size, here {w} wide and {h} high"))
             }

@@ -160,9 +160,8 @@ impl Schedule {
         let with_picture =
             self.edm.is_some() || wanted == Spread::Model && self.spacing == TimestepSpacing::Leading;
         let init_noise_sigma = if with_picture { (first * first + 1.0).sqrt() } else { first };
-        let told = |(t, sigma): (f64, f64)| {
-            (if self.edm.is_some() { sigma.ln() / 4.0 } else { t } as f32, sigma)
-        };
+        let told =
+            |(t, sigma): (f64, f64)| (if self.edm.is_some() { sigma.ln() / 4.0 } else { t } as f32, sigma);
         let (timesteps, mut sigmas): (Vec<f32>, Vec<f64>) = visits.into_iter().map(told).unzip();
         sigmas.push(0.0);
         Levels { timesteps, sigmas, init_noise_sigma }

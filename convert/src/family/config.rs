@@ -346,7 +346,12 @@ impl Evidence<'_> {
     }
 
     /// Refuses what no Stable Diffusion has, so that no network is run with parts of it left out.
-    pub(super) fn demand(&self, what: &str, config: Option<&Value>, must: &[(&str, &[&str])]) -> Result<(), Error> {
+    pub(super) fn demand(
+        &self,
+        what: &str,
+        config: Option<&Value>,
+        must: &[(&str, &[&str])],
+    ) -> Result<(), Error> {
         for (key, allowed) in must {
             if let Some(value) = config.and_then(|c| c.get(key))
                 && !allowed.iter().any(|a| serde_json::from_str::<Value>(a).is_ok_and(|a| a == *value))

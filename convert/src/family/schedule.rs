@@ -23,6 +23,38 @@ fn as_written(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::NAN)
 }
 
+/// A model that makes pictures in few steps.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct FewSteps {
+    /// `turbo`, `lightning`, `hyper` or `lcm`.
+    kind: &'static str,
+    steps: usize,
+    /// Whether it is the first of its kind and no merge.
+    published: bool,
+}
+
+/// What a file's name in lower case says: `sdxl_lightning_4step`, `sd_xl_turbo_1.0_fp16`.
+fn few_steps(stem: &str) -> Option<FewSteps> {
+    let words: Vec<&str> = stem.split(|c: char| !c.is_ascii_alphanumeric()).collect();
+    let steps = words.iter().enumerate().find_map(|(i, word)| {
+        let digits = word.trim_end_matches("steps").trim_end_matches("step");
+        match (digits == *word, digits) {
+            (true, _) => None,
+            // "8 steps"
+            (false, "") => words.get(i.checked_sub(1)?)?.parse().ok(),
+            (false, digits) => digits.parse().ok(),
+        }
+    });
+    let steps = steps.filter(|steps| (1..=16).contains(steps));
+    let kind = ["turbo", "lightning", "lcm", "hyper"].into_iter().find(|kind| words.contains(kind))?;
+    // A merge may be called hyper for other reasons.
+    if kind == "hyper" && steps.is_none() {
+        return None;
+    }
+    let published = stem.starts_with("sd_turbo") || stem.starts_with("sd_xl_turbo");
+    Some(FewSteps { kind, steps: steps.unwrap_or(4), published })
+}
+
 impl Evidence<'_> {
     pub(super) fn schedule(
         &self,
@@ -56,6 +88,11 @@ impl Evidence<'_> {
         let usual_betas = if config.is_some() { (0.0001, 0.02) } else { (0.00085, 0.012) };
         let from_linspace =
             ["Euler", "DPM", "KDPM", "Heun", "LMS", "UniPC", "DEIS"].iter().any(|c| class.starts_with(c));
+        if let Some(FewSteps { kind, steps, .. }) = self.few_steps() {
+            notes.push(format!(
+                "its name says {kind}: without other wishes pictures take {steps} steps and no guidance"
+            ));
+        }
         let rescale_betas_zero_snr = match config {
             Some(_) => flag(config, "rescale_betas_zero_snr").unwrap_or(false),
             None => marker("ztsnr") || self.ends_in_noise()?,
@@ -66,6 +103,7 @@ impl Evidence<'_> {
             Some("trailing") => TimestepSpacing::Trailing,
             Some(other) => return Err(self.unsupported(format!("it has {other:?} timesteps"))),
             None if from_linspace => TimestepSpacing::Linspace,
+            None if self.few_steps().is_some() => TimestepSpacing::Trailing,
             // A run must begin in the noise that the last timestep is (Lin et al. 2023).
             None if config.is_none() && rescale_betas_zero_snr => TimestepSpacing::Trailing,
             None => TimestepSpacing::Leading,
@@ -133,6 +171,15 @@ impl Evidence<'_> {
         }))
     }
 
+    /// What the name of a single file says about a model that makes pictures in few steps: nothing else in the file does.
+    fn few_steps(&self) -> Option<FewSteps> {
+        if self.configs.get("scheduler").is_some() {
+            return None;
+        }
+        let stem = self.sources.model.path.file_stem()?.to_string_lossy().to_lowercase();
+        few_steps(&stem)
+    }
+
     /// The few numbers of a tensor that is there to say something.
     pub(super) fn marked(&self, name: &str) -> Result<Option<Vec<f32>>, Error> {
         let source = &self.sources.model;
@@ -188,15 +235,18 @@ impl Evidence<'_> {
         vae: &VaeConfig,
         schedule: &ScheduleConfig,
     ) -> Defaults {
+        let xl = matches!(family, Family::Sdxl | Family::SdxlRefiner);
         let latents = match family {
             Family::Sd15 => 64,
             Family::Sd2 if schedule.prediction_type == Prediction::V => 96,
             Family::Sd2 => 64,
             Family::Sdxl | Family::SdxlRefiner => 128,
         };
+        let named = self.few_steps();
+        // What Stability AI calls turbo makes small pictures.
+        let latents = if named.is_some_and(|n| n.kind == "turbo" && n.published) { 64 } else { latents };
         let latents = number(self.configs.get("unet"), "sample_size").unwrap_or(latents);
         let side = latents.saturating_mul(vae.factor());
-        let xl = matches!(family, Family::Sdxl | Family::SdxlRefiner);
         // Few-step models are published with trailing timesteps, and make pictures without guidance.
         let turbo = schedule.timestep_spacing == TimestepSpacing::Trailing
             && schedule.prediction_type == Prediction::Epsilon
@@ -211,17 +261,47 @@ impl Evidence<'_> {
             Some("LCMScheduler") => "lcm",
             None if consistency => "lcm",
             None if schedule.edm.is_some() => "dpmpp_2m",
+            None if named.is_some_and(|n| n.kind == "lcm") => "lcm",
+            None if named.is_some_and(|n| n.kind == "turbo") && xl => "euler_a",
             _ => "euler",
         };
         let (steps, guidance_scale) = match (sampler, consistency) {
             ("lcm", true) => (4, 8.0),
             ("lcm", false) => (4, 1.0),
-            _ if turbo => (4, 1.0),
+            _ if turbo => (named.map_or(4, |n| n.steps), 1.0),
             // Playground 2.5
             _ if schedule.edm.is_some() && schedule.prediction_type == Prediction::Epsilon => (20, 3.0),
             _ if xl => (20, 5.0),
             _ => (20, 7.5),
         };
         Defaults { width: side, height: side, steps, guidance_scale, sampler: sampler.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_models_with_few_steps() {
+        let cases = [
+            ("sd_turbo", Some(("turbo", 4, true))),
+            ("sd_xl_turbo_1.0_fp16", Some(("turbo", 4, true))),
+            ("dreamshaperxl_v21turbodpmsde", None),
+            ("dreamshaper_xl_turbo_v2", Some(("turbo", 4, false))),
+            ("sdxl_lightning_8step", Some(("lightning", 8, false))),
+            ("juggernaut_lightning_4 steps", Some(("lightning", 4, false))),
+            ("hyper-sdxl-1step-unet", Some(("hyper", 1, false))),
+            ("hyper_realistic_v3", None),
+            ("dreamshaper_8lcm", None),
+            ("dreamshaper-lcm", Some(("lcm", 4, false))),
+            ("model_50steps_lightning", Some(("lightning", 4, false))),
+            ("steps", None),
+            ("", None),
+        ];
+        for (stem, wanted) in cases {
+            let found = few_steps(stem).map(|found| (found.kind, found.steps, found.published));
+            assert_eq!(found, wanted, "{stem}");
+        }
     }
 }

@@ -95,14 +95,34 @@ fn tensors(
     });
     dict = inside.unwrap_or(dict);
     // A name that is set twice has its last value.
-    let mut tensors: HashMap<&str, RawTensor> = HashMap::new();
-    for &(key, value) in dict {
-        let Some(name) = pickle.text(key) else { continue };
-        if let Some(tensor) = tensor(pickle, value, &find).map_err(|e| format!("tensor {name} {e}"))? {
-            tensors.insert(name, tensor);
+    let mut tensors: HashMap<String, RawTensor> = HashMap::new();
+    add(pickle, dict, "", &find, &mut tensors)?;
+    if tensors.is_empty() {
+        // Files beside a model keep their tensors one level deeper.
+        for &(key, value) in dict {
+            if let (Some(name), Some(inner)) = (pickle.text(key), pickle.dict(value)) {
+                add(pickle, inner, &format!("{name}."), &find, &mut tensors)?;
+            }
         }
     }
-    Ok(tensors.into_iter().map(|(name, tensor)| (name.to_owned(), tensor)).collect())
+    Ok(tensors.into_iter().collect())
+}
+
+/// Adds the tensors of a dictionary.
+fn add(
+    pickle: &Pickle,
+    dict: &[(Id, Id)],
+    prefix: &str,
+    find: &impl Fn(&Storage) -> Result<(u64, u64), String>,
+    tensors: &mut HashMap<String, RawTensor>,
+) -> Result<(), String> {
+    for &(key, value) in dict {
+        let Some(name) = pickle.text(key) else { continue };
+        if let Some(tensor) = tensor(pickle, value, find).map_err(|e| format!("tensor {name} {e}"))? {
+            tensors.insert(format!("{prefix}{name}"), tensor);
+        }
+    }
+    Ok(())
 }
 
 /// `None` where the value is no tensor.
@@ -120,7 +140,9 @@ fn tensor(
         "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2" => args,
         "torch._utils._rebuild_tensor_v3" => {
             let &[.., dtype] = args.get(..7).ok_or("is built in an unknown way")? else { return Ok(None) };
-            let Node::Global(dtype) = pickle.get(dtype) else { return Err("is built in an unknown way".into()) };
+            let Node::Global(dtype) = pickle.get(dtype) else {
+                return Err("is built in an unknown way".into());
+            };
             named = Some(dtype.as_str());
             args
         }

@@ -1,9 +1,7 @@
 //! Cards of published models beyond the families' first ones, and miniatures.
 #![forbid(unsafe_code)]
 
-use engine::card::{
-    AdditionEmbed, Card, EdmConfig, Family, Prediction, SigmaSchedule, TimestepSpacing,
-};
+use engine::card::{AdditionEmbed, Card, EdmConfig, Family, Prediction, SigmaSchedule, TimestepSpacing};
 use engine::presets;
 
 /// Names that [`card`] knows; `tiny-` before one gives its miniature.

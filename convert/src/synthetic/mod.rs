@@ -165,7 +165,8 @@ impl Entry {
     }
 
     fn bytes(&self, values: &Values<'_>) -> Vec<u8> {
-        let mut all: Vec<f32> = self.from.iter().flat_map(values).chain(self.marker.iter().copied()).collect();
+        let mut all: Vec<f32> =
+            self.from.iter().flat_map(values).chain(self.marker.iter().copied()).collect();
         assert_eq!(all.len(), self.count(), "{}", self.name);
         if self.transposed {
             let [rows, cols] = self.shape[..] else { panic!("{} is no matrix", self.name) };
@@ -208,9 +209,10 @@ pub fn write(
     let tensors = tensors(card);
     match layout {
         Layout::Diffusers | Layout::Sharded => write_folder(card, &tensors, values, path, layout, number),
-        Layout::Pickle | Layout::Gguf if number.is_f8() => {
-            Err(Error::Unsupported { path: path.to_owned(), what: "its layout has no numbers of 8 bits".into() })
-        }
+        Layout::Pickle | Layout::Gguf if number.is_f8() => Err(Error::Unsupported {
+            path: path.to_owned(),
+            what: "its layout has no numbers of 8 bits".into(),
+        }),
         Layout::Ldm => safetensors::write(path, &names::ldm(card, &tensors, number), values),
         Layout::Zip => torch::write_zip(path, &names::ldm(card, &tensors, number), values),
         Layout::Pickle => torch::write_legacy(path, &names::ldm(card, &tensors, number), values),
