@@ -21,6 +21,7 @@ mod output;
 mod parameters;
 mod picture;
 mod plan;
+mod profile;
 mod progress;
 mod report;
 mod size;
