@@ -97,3 +97,25 @@ fn synthetic_checkpoints_of_every_layout() {
         .refused("no numbers of 8 bits");
     assert_eq!(names(dir.path()), ["a", "a.ckpt", "a.gguf", "a.safetensors", "a.sdq", "b.ckpt"]);
 }
+
+#[test]
+fn models_that_need_more_or_less_than_others() {
+    let dir = folder();
+    let make = |name: &str| {
+        let (checkpoint, model) = (format!("{name}.safetensors"), format!("{name}.sdq"));
+        sdconv(dir.path(), &["synthetic", &format!("tiny-{name}"), "-o", &checkpoint]).done();
+        sdconv(dir.path(), &[&checkpoint, "-q", "-o", &model]).done();
+        model
+    };
+    let model = make("sdxl-inpaint");
+    sdfast(dir.path(), &["gen", "x", "-m", &model]).refused("this model edits pictures");
+    for name in ["cosxl", "playground-2.5"] {
+        let model = make(name);
+        let small = ["gen", "x", "-m", &model, "-W", "64", "-H", "64", "--steps", "2", "-o", "x.png"];
+        sdfast(dir.path(), &small).done();
+        sdfast(dir.path(), &[&small[..], &["--schedule", "normal"]].concat()).done();
+        sdfast(dir.path(), &[&small[..], &["--sampler", "ddim"]].concat()).refused("needs timesteps");
+        let told = sdfast(dir.path(), &["info", &model]).done().stdout;
+        assert!(told.contains("EDM noise levels"), "{told}");
+    }
+}

@@ -70,6 +70,14 @@ pub enum Error {
         /// Name in the sampler table.
         sampler: &'static str,
     },
+    /// A network that reads a picture or a mask beside the latents.
+    #[error("this model edits pictures: its network reads {found} channels, and latents have {latents}")]
+    EditsPictures {
+        /// Channels that the network reads.
+        found: usize,
+        /// Channels of the latents.
+        latents: usize,
+    },
     /// Latents of another size than the picture's.
     #[error("the latents are {found:?} where {expected:?} is wanted ([channels, height, width])")]
     LatentsShape {
@@ -138,6 +146,9 @@ impl Error {
             Error::NoTimesteps { .. } => {
                 Some("choose another --sampler, for example dpmpp_2m or euler".into())
             }
+            Error::EditsPictures { .. } => Some(
+                "inpainting and editing are not there yet; use a model that makes pictures from text".into(),
+            ),
             Error::LatentsShape { expected: [_, h, w], .. } => {
                 Some(format!("the latents must belong to the picture's size, here {w} wide and {h} high"))
             }

@@ -147,9 +147,12 @@ fn tokenizer(folder: &Path) -> Result<Option<TokenizerFiles>, Error> {
     Ok(None)
 }
 
+/// What stands in `vocab.json` and `merges.txt`.
+type VocabAndMerges = (Vec<u8>, Vec<u8>);
+
 /// The vocabulary and the merges that stand together in the `tokenizer.json` of the tokenizers library, as the two files that
 /// they were before.
-fn one_file(path: &Path) -> Result<Option<(Vec<u8>, Vec<u8>)>, Error> {
+fn one_file(path: &Path) -> Result<Option<VocabAndMerges>, Error> {
     #[derive(Deserialize)]
     struct Whole {
         model: Model,

@@ -113,6 +113,10 @@ impl Request {
                 return Err(Error::SizeNotMultiple { width, height, side, multiple });
             }
         }
+        let (found, latents) = (card.unet.in_channels, card.vae.latent_channels);
+        if found != latents {
+            return Err(Error::EditsPictures { found, latents });
+        }
         let max = card.schedule.num_train_timesteps;
         if !(1..=max).contains(&self.steps) {
             return Err(Error::Steps { steps: self.steps, max });
