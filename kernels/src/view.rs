@@ -64,11 +64,11 @@ impl RowsMut<'_> {
 /// rest are zero (code 128 in `U8`). For a convolution a row is a pixel, and the pixels around the border are rows too.
 #[derive(Clone, Copy, Debug)]
 pub enum Operand<'a> {
-    /// 8-bit rows: an element is `(code - 128) * scale[row]`, codes 1 to 255.
+    /// 8-bit rows: an element is `(code - 128) * scale[row]`, or `scale[image]`, codes 1 to 255.
     U8 {
         /// `[rows, stride]`.
         codes: &'a [u8],
-        /// `[rows]`, or `[1]`: one scale for all rows.
+        /// `[rows]`, or `[batch]`: one scale for all rows of an image.
         scale: &'a [f32],
     },
     /// bfloat16 rows `[rows, stride]`.
@@ -87,12 +87,13 @@ pub enum OperandMut<'a> {
         /// `[rows]`.
         scale: &'a mut [f32],
     },
-    /// See [`Operand::U8`]: codes to a scale that the caller gives. Larger magnitudes than `127 * scale` saturate.
+    /// See [`Operand::U8`]: codes to scales that the caller gives ([`group_scales`](crate::pass::group_scales)). Larger
+    /// magnitudes than `127 * scale` saturate.
     U8Uniform {
         /// `[rows, stride]`.
         codes: &'a mut [u8],
-        /// Of all rows.
-        scale: f32,
+        /// `[batch]`.
+        scale: &'a [f32],
     },
     /// See [`Operand::Bf16`].
     Bf16(&'a mut [bf16]),

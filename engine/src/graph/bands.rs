@@ -249,7 +249,8 @@ impl Bands {
                 if let BandOp::Pass { out, .. } = op {
                     let rows = extent.operand.operand_rows();
                     size(out.buf, rows * out.stride * out.kind.bytes());
-                    out.scale.into_iter().for_each(|scale| size(scale, rows * 4));
+                    let scales = if out.uniform { band.images } else { rows };
+                    out.scale.into_iter().for_each(|scale| size(scale, scales * 4));
                 }
             }
         }
@@ -278,7 +279,7 @@ mod tests {
     }
 
     fn layer(at: Buf, x: RowsBuf, input: Dims, filter: Filter, border: Border, out: RowsBuf) -> [BandOp; 2] {
-        let operand = OperandBuf { buf: at, scale: None, kind: OperandKind::F32, stride: 64 };
+        let operand = OperandBuf { buf: at, scale: None, uniform: false, kind: OperandKind::F32, stride: 64 };
         let (norm, activation) = (NormSpec::None, Activation::None);
         let (bias, image_bias, residual) = (None, None, ResidualSpec::None);
         [

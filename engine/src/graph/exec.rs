@@ -6,7 +6,10 @@ use std::time::Instant;
 use kernels::attention::{Attention, Mask, attention};
 use kernels::gemm::{Epilogue, Filter, Gemm, gemm, gemm_rows};
 use kernels::layout::Weight;
-use kernels::pass::{Norm, Source, group_finish, group_stats, group_sums, operand_pass, rows_pass, sums_len};
+use kernels::pass::{
+    Norm, STATS, Source, group_finish, group_scales, group_stats, group_sums, operand_pass, rows_pass,
+    sums_len,
+};
 use kernels::view::{Border, ImageShape, Operand, OperandMut, Rows, RowsMut};
 use kernels::{Isa, Workers, bf16, f16};
 
@@ -166,11 +169,16 @@ impl<'a> Session<'a> {
         Source { parts: s.map(|r| r.map(|r| (self.rows(r, bank, at.clone()), r.c))) }
     }
 
-    fn operand(&self, o: OperandBuf, bank: usize, rows: usize) -> Operand<'_> {
+    fn operand(&self, o: OperandBuf, bank: usize, image: &ImageShape) -> Operand<'_> {
+        let rows = image.operand_rows();
         let len = rows * o.stride;
         match (o.kind, o.scale) {
             (OperandKind::U8, Some(scale)) => {
-                Operand::U8 { codes: &self.read(o.buf, bank)[..len], scale: &self.read(scale, bank)[..rows] }
+                let scales = if o.uniform { image.batch } else { rows };
+                Operand::U8 {
+                    codes: &self.read(o.buf, bank)[..len],
+                    scale: &self.read(scale, bank)[..scales],
+                }
             }
             (OperandKind::U8, None) => unreachable!("8-bit rows have scales"),
             (OperandKind::Bf16, _) => Operand::Bf16(&self.read(o.buf, bank)[..len]),
@@ -178,9 +186,22 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn operand_mut(&self, o: OperandBuf, bank: usize, rows: usize) -> OperandMut<'_> {
+    /// Where a pass writes; `scales` makes the scales of images, where these have scales.
+    fn operand_mut(
+        &self,
+        o: OperandBuf,
+        bank: usize,
+        image: &ImageShape,
+        scales: impl FnOnce(&mut [f32]),
+    ) -> OperandMut<'_> {
+        let rows = image.operand_rows();
         let len = rows * o.stride;
         match (o.kind, o.scale) {
+            (OperandKind::U8, Some(scale)) if o.uniform => {
+                let scale = &mut self.write(scale, bank)[..image.batch];
+                scales(scale);
+                OperandMut::U8Uniform { codes: &mut self.write(o.buf, bank)[..len], scale }
+            }
             (OperandKind::U8, Some(scale)) => OperandMut::U8 {
                 codes: &mut self.write(o.buf, bank)[..len],
                 scale: &mut self.write(scale, bank)[..rows],
@@ -196,7 +217,7 @@ impl<'a> Session<'a> {
         match norm {
             NormSpec::None => Norm::None,
             NormSpec::Group { stats, groups, gamma, beta } => Norm::Group {
-                stats: &self.read(stats, bank)[images.start * groups * 2..images.end * groups * 2],
+                stats: &self.read(stats, bank)[images.start * groups * STATS..images.end * groups * STATS],
                 groups,
                 gamma: self.vector(gamma),
                 beta: self.vector(beta),
@@ -228,7 +249,8 @@ impl<'a> Session<'a> {
                     let part = |r: RowsBuf| (self.rows(r, bank, pixels(r, input, rows)), r.c);
                     let source = Source { parts: source.map(|r| r.map(part)) };
                     let norm = self.norm(norm, bank, images.clone());
-                    let operand = self.operand_mut(out, bank, shape.operand_rows());
+                    let operand =
+                        self.operand_mut(out, bank, shape, |scales| group_scales(norm, activation, scales));
                     operand_pass(workers, isa, source, *shape, norm, activation, operand, out.stride);
                 }
                 BandOp::Gemm { operand, weight, bias, image_bias, activation, residual, out } => {
@@ -248,7 +270,7 @@ impl<'a> Session<'a> {
                         accumulate: matches!(residual, ResidualSpec::InPlace),
                     };
                     let call = Gemm {
-                        operand: self.operand(operand, bank, shape.operand_rows()),
+                        operand: self.operand(operand, bank, shape),
                         input: *shape,
                         filter,
                         weight: Weight::new(encoding, weight_shape, self.weights[weight]),

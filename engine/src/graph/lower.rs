@@ -7,7 +7,7 @@ use kernels::Isa;
 use kernels::attention::{self, AttentionShape, Products};
 use kernels::gemm::{Activation, Filter};
 use kernels::layout::{Encoding, TILE_K, WeightShape};
-use kernels::pass::{sums_len, sums_rows};
+use kernels::pass::{STATS, sums_len, sums_rows};
 use kernels::view::{Border, ImageShape};
 
 use super::analysis::{last_uses, stream_values};
@@ -212,7 +212,7 @@ impl Lowering<'_> {
             return stats;
         }
         let image = self.image(x);
-        let stats = self.buffer(image.batch * groups * 2 * 4);
+        let stats = self.buffer(image.batch * groups * STATS * 4);
         let sums = self.buffer(sums_len(&image, groups) * 8);
         if self.parts(x).iter().any(|p| self.remade.contains(p)) {
             let dims = self.network.values[x.0].dims;
@@ -279,7 +279,7 @@ impl Lowering<'_> {
             Some(r) => ResidualSpec::Rows(self.chain_rows(chain, r, dims)),
             None => ResidualSpec::None,
         };
-        let operand = self.new_operand(kind, self.network.values[x.0].c);
+        let operand = self.new_operand(kind, self.network.values[x.0].c, filter, norm);
         let pass =
             BandOp::Pass { source, input, filter, border, norm, activation: pass_activation, out: operand };
         let gemm = BandOp::Gemm { operand, weight, bias, image_bias, activation, residual, out };
@@ -312,9 +312,11 @@ impl Lowering<'_> {
         weights.iter().map(bytes).sum()
     }
 
-    fn new_operand(&mut self, kind: OperandKind, c: usize) -> OperandBuf {
+    /// An operand of `c` columns for `filter`, from a pass with `norm`.
+    fn new_operand(&mut self, kind: OperandKind, c: usize, filter: Filter, norm: NormSpec) -> OperandBuf {
         let scale = (kind == OperandKind::U8).then(|| self.buffer(0));
-        OperandBuf { buf: self.buffer(0), scale, kind, stride: c.next_multiple_of(TILE_K) }
+        let uniform = scale.is_some() && filter != Filter::POINT && matches!(norm, NormSpec::Group { .. });
+        OperandBuf { buf: self.buffer(0), scale, uniform, kind, stride: c.next_multiple_of(TILE_K) }
     }
 
     /// Node `i`, at place `at` of the execution order.
@@ -415,7 +417,7 @@ impl Lowering<'_> {
                 None => self.pass_into(x),
             };
             weights = w;
-            let out = self.new_operand(kind, self.network.values[x.0].c);
+            let out = self.new_operand(kind, self.network.values[x.0].c, filter, norm);
             ops.push(BandOp::Pass { source, input, filter, border, norm, activation, out });
             out
         };

@@ -67,8 +67,11 @@ impl OperandKind {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct OperandBuf {
     pub(super) buf: Buf,
-    /// Scales of the rows, for `U8`.
+    /// Scales, for `U8`: of the rows, or of the images.
     pub(super) scale: Option<Buf>,
+    /// Whether there is a scale for each image, from the statistics of its group norm: then the products of all taps are
+    /// summed as integers.
+    pub(super) uniform: bool,
     pub(super) kind: OperandKind,
     pub(super) stride: usize,
 }

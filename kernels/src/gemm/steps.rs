@@ -148,7 +148,8 @@ fn unpack_q4(codes: &[u8], groups: &[u8], out: &mut [u8]) {
         let codes = opaque(codes);
         let group = &groups[i * 8 / Q4_GROUP];
         let scale: [u16; LANES] = lanes(|lane| u16::from(group[lane / 2]));
-        let codes: [u16; LANES] = lanes(|lane| u16::from_le_bytes([codes[2 * lane], codes[2 * lane + 1]]));
+        let codes: [u16; LANES] = bytemuck::cast(*codes);
+        let codes: [u16; LANES] = lanes(|lane| u16::from_le(codes[lane]));
         for (shift, out) in [(0, low), (4, high)] {
             let mut weights = [0u16; LANES];
             for lane in 0..LANES {

@@ -70,6 +70,8 @@ pub struct GemmKernel {
     pub(crate) pair_bytes: usize,
     /// Most bytes of a block of operand rows, which stays in the cache while the weights pass by.
     pub(crate) block_bytes: usize,
+    /// Taps of a convolution that a tile can sum without storing in between.
+    pub(crate) taps: usize,
     /// The function.
     pub(crate) tile: TileFn,
     /// The multiplications of a tile without its loads.

@@ -74,7 +74,7 @@ impl Left {
         }
         left.bf16 = left.f32.iter().map(|&x| bf16::from_f32(x)).collect();
         if rank == Rank::U8Uniform {
-            left.scale.truncate(1);
+            left.scale.truncate(input.batch);
         }
         left
     }

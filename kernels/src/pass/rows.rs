@@ -7,10 +7,11 @@ use crate::math;
 use crate::simd::{Element, MAX_LANES, Simd, SimdOp};
 use crate::view::{ImageShape, OperandMut, Rows};
 
+use super::stats::STATS;
 use super::{Norm, Walk};
 
 /// Rows of f32 that a task keeps in scratch memory.
-pub(super) const SCRATCH_ROWS: usize = 4;
+pub(super) const SCRATCH_ROWS: usize = 5;
 
 /// How many bytes ahead of a sweep memory is asked for: about two pages, which hardware does not look beyond.
 pub(super) const AHEAD: usize = 4096;
@@ -43,7 +44,7 @@ impl SimdOp for Chunk<'_> {
         let rows = self.out.len() / stride.max(1);
         for i in 0..=rows {
             let (row, earlier) = if i % 2 == 0 { (&mut *even, &*odd) } else { (&mut *odd, &*even) };
-            let mut most = None;
+            let mut made = None;
             if i < rows {
                 match image.pixel(self.first + i) {
                     None => self.out.zero_row(i, stride),
@@ -52,7 +53,7 @@ impl SimdOp for Chunk<'_> {
                             && image_of_factors != b
                         {
                             group_factors(
-                                &stats[b * groups * 2..][..groups * 2],
+                                &stats[b * groups * STATS..][..groups * STATS],
                                 gamma,
                                 beta,
                                 factor,
@@ -60,14 +61,15 @@ impl SimdOp for Chunk<'_> {
                             );
                             image_of_factors = b;
                         }
-                        most = Some(read_row(s, source.row(pixel), norm, (factor, offset), activation, row));
+                        let most = read_row(s, source.row(pixel), norm, (factor, offset), activation, row);
+                        made = Some((most, b));
                     }
                 }
             }
-            if let Some(most) = waiting {
-                write_row(s, earlier, most, &mut self.out, i - 1, stride);
+            if let Some((most, image)) = waiting {
+                write_row(s, earlier, most, image, &mut self.out, i - 1, stride);
             }
-            waiting = most;
+            waiting = made;
         }
     }
 }
@@ -109,8 +111,8 @@ impl OperandMut<'_> {
 
 /// `factor[c] = rstd * gamma[c]` and `offset[c] = beta[c] - mean * factor[c]`.
 fn group_factors(stats: &[f32], gamma: &[f32], beta: &[f32], factor: &mut [f32], offset: &mut [f32]) {
-    let size = gamma.len() / (stats.len() / 2);
-    for (g, stats) in stats.chunks_exact(2).enumerate() {
+    let size = gamma.len() / (stats.len() / STATS);
+    for (g, stats) in stats.chunks_exact(STATS).enumerate() {
         for c in g * size..(g + 1) * size {
             factor[c] = stats[1] * gamma[c];
             offset[c] = beta[c] - stats[0] * factor[c];
@@ -378,9 +380,17 @@ fn layer_norm<S: Simd>(s: S, row: &mut [f32], sum: f32, gamma: &[f32], beta: &[f
 /// The least magnitude that gets a scale: a row of smaller numbers is a row of zeros.
 const LEAST: f32 = 1e-30;
 
-/// Writes output row `i`: `row`, then zeros up to `stride`.
+/// Writes output row `i`, a pixel of `image`: `row`, then zeros up to `stride`.
 #[inline(always)]
-fn write_row<S: Simd>(s: S, row: &[f32], most: S::F, out: &mut OperandMut<'_>, i: usize, stride: usize) {
+fn write_row<S: Simd>(
+    s: S,
+    row: &[f32],
+    most: S::F,
+    image: usize,
+    out: &mut OperandMut<'_>,
+    i: usize,
+    stride: usize,
+) {
     match out {
         OperandMut::U8 { codes, scale } => {
             let most = s.max_lane(most);
@@ -389,7 +399,8 @@ fn write_row<S: Simd>(s: S, row: &[f32], most: S::F, out: &mut OperandMut<'_>, i
             write_codes(s, row, inverse, &mut codes[i * stride..(i + 1) * stride]);
         }
         OperandMut::U8Uniform { codes, scale } => {
-            write_codes(s, row, 1.0 / *scale, &mut codes[i * stride..(i + 1) * stride]);
+            let inverse = if scale[image] * 127.0 < LEAST { 0.0 } else { 1.0 / scale[image] };
+            write_codes(s, row, inverse, &mut codes[i * stride..(i + 1) * stride]);
         }
         OperandMut::Bf16(out) => {
             let (out, slack) = out[i * stride..(i + 1) * stride].split_at_mut(row.len());

@@ -52,7 +52,7 @@ fn group_stats_agree_with_the_reference() {
                     let (a, b) =
                         (noise(image.pixels() * c0, 1, mean), half(&noise(image.pixels() * c1, 2, mean)));
                     let source = Source::two((Rows::F32(&a), c0), (Rows::Bf16(&b), c1));
-                    let mut stats = vec![f32::NAN; image.batch * groups * 2];
+                    let mut stats = vec![f32::NAN; image.batch * groups * STATS];
                     let mut sums = vec![f64::NAN; sums_len(&image, groups)];
                     group_stats(&workers, isa, source, image, groups, 1e-5, &mut sums, &mut stats);
                     let want = reference::group_stats(source, image, groups, 1e-5);
@@ -75,7 +75,7 @@ fn passes_agree_with_the_reference() {
                 let (a, b) = (noise(image.pixels() * c0, 3, 0.5), half(&noise(image.pixels() * c1, 4, 0.5)));
                 let source = Source::two((Rows::F32(&a), c0), (Rows::Bf16(&b), c1));
                 let (gamma, beta) = (noise(c, 5, 1.0), noise(c, 6, 0.0));
-                let mut stats = vec![f32::NAN; image.batch * groups * 2];
+                let mut stats = vec![f32::NAN; image.batch * groups * STATS];
                 let mut sums = vec![f64::NAN; sums_len(&image, groups)];
                 group_stats(&workers, isa, source, image, groups, 1e-5, &mut sums, &mut stats);
                 let norms = [
@@ -153,10 +153,21 @@ fn check(
         }
     }
 
-    let out = OperandMut::U8Uniform { codes: &mut codes, scale: 0.01 };
+    let mut scale: Vec<f32> = (1..=image.batch).map(|b| b as f32 * 0.01).collect();
+    if matches!(norm, Norm::Group { .. }) {
+        group_scales(norm, activation, &mut scale);
+        let image = wide.len() / scale.len();
+        for (scale, wide) in scale.iter().zip(wide.chunks_exact(image)) {
+            let most = wide.iter().fold(0f32, |m, x| m.max(x.abs()));
+            assert!(127.0 * scale >= most * 0.9999, "{what}: a bound of {} for {most}", 127.0 * scale);
+        }
+    }
+    let out = OperandMut::U8Uniform { codes: &mut codes, scale: &scale };
     operand_pass(workers, isa, source, image, norm, activation, out, stride);
-    for (&got, &x) in codes.iter().zip(&wide) {
-        let want = quantized(x, 1.0 / 0.01);
+    let each = wide.len() / scale.len();
+    for (i, (&got, &x)) in codes.iter().zip(&wide).enumerate() {
+        let scale = scale[i / each];
+        let want = quantized(x, if scale > 0.0 { 1.0 / scale } else { 0.0 });
         assert!(got == want || coarse > 0.0 && got.abs_diff(want) == 1, "{what}: uniform: {got} for {want}");
     }
 }
@@ -173,7 +184,7 @@ fn threads_and_batches_do_not_change_a_bit() {
         let run = |threads: usize, image: ImageShape, x: &[f32]| {
             let workers = Workers::new(threads);
             let source = Source::one(Rows::F32(x), c);
-            let mut stats = vec![0.0; image.batch * groups * 2];
+            let mut stats = vec![0.0; image.batch * groups * STATS];
             let mut sums = vec![f64::NAN; sums_len(&image, groups)];
             group_stats(&workers, isa, source, image, groups, 1e-6, &mut sums, &mut stats);
             let norm = Norm::Group { stats: &stats, groups, gamma: &gamma, beta: &beta };

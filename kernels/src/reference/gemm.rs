@@ -10,7 +10,7 @@ pub fn operand_element(operand: &Operand<'_>, row: usize, stride: usize, i: usiz
     let at = row * stride + i;
     match operand {
         Operand::U8 { codes, scale } => {
-            let scale = if scale.len() == 1 { scale[0] } else { scale[row] };
+            let scale = scale[row * scale.len() / (codes.len() / stride)];
             (f64::from(codes[at]) - 128.0) * f64::from(scale)
         }
         Operand::Bf16(rows) => rows[at].to_f64(),
