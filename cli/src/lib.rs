@@ -25,6 +25,7 @@ mod profile;
 mod progress;
 mod report;
 mod size;
+mod synthetic;
 mod terminal;
 
 use std::process::ExitCode;
@@ -67,6 +68,7 @@ pub fn sdfast(arguments: Sdfast) -> Result<()> {
 pub fn sdconv(arguments: Sdconv) -> Result<()> {
     match arguments.command {
         Some(ConvertCommand::Inspect(arguments)) => inspect::run(&arguments),
+        Some(ConvertCommand::Synthetic(arguments)) => synthetic::run(&arguments),
         None => convert_checkpoint::run(arguments.convert),
     }
 }
