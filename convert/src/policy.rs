@@ -83,15 +83,16 @@ impl Policy {
     }
 }
 
-/// The default: what is small and met by every pixel or every step stays in 16 bits; of 4 bits only the UNet's large
-/// matrices are made.
+/// The default. In 16 bits stay layers that are small, and those that read what no norm has leveled out: a few wide
+/// channels there leave 8-bit rows no room for the others (16-bit weights meet 16-bit activations). Of 4 bits only the
+/// UNet's large matrices are made. `docs/quantization.md` has the measurements.
 fn by_role(quant: Quant, part: &str, role: Role) -> Encoding {
     match (quant, role) {
         (Quant::F16, _) => Encoding::F16,
-        (_, Role::ConvIn | Role::ConvOut | Role::QuantConv | Role::Pooled) => Encoding::F16,
-        (Quant::Q8, Role::Embedding) => Encoding::F16,
+        (_, Role::ConvIn | Role::ConvOut | Role::QuantConv | Role::Pooled | Role::Embedding) => Encoding::F16,
+        (Quant::Q8, Role::Shortcut) if part == "unet" => Encoding::F16,
         (Quant::Q8, _) => Encoding::Q8,
-        (Quant::Q4, Role::Embedding | Role::Shortcut | Role::Projection) => Encoding::Q8,
+        (Quant::Q4, Role::Shortcut | Role::Projection | Role::SelfV) => Encoding::Q8,
         (Quant::Q4, _) if part == "unet" => Encoding::Q4,
         (Quant::Q4, _) => Encoding::Q8,
     }

@@ -7,8 +7,8 @@ use half::slice::HalfFloatSliceExt;
 
 /// The largest magnitude of an int8 weight.
 const Q8_MAX: f32 = 127.0;
-/// The largest group scale: the widest code, 7, times it stays within int8.
-const Q4_SCALE_MAX: i32 = 18;
+/// The largest magnitude of a group scale: the code 7 times it stays within int8.
+const Q4_SCALE_MAX: i8 = 18;
 
 /// Encodes `src`, `[n, taps * k]` row-major f32 (taps outermost), into `out` of `shape.bytes(encoding)` bytes.
 ///
@@ -117,8 +117,7 @@ fn encode_q8(
     scatter::<4>(bytemuck::cast_slice(codes), n, tiles);
 }
 
-/// The output's scale makes [`Q4_SCALE_MAX`] the group scale of its widest group; each group takes the integer scale that
-/// leaves the smallest squared error among those around its own width.
+/// The output's scale makes [`Q4_SCALE_MAX`] the group scale of its widest group.
 fn encode_q4(
     shape: WeightShape,
     padded: &[f32],
@@ -133,19 +132,12 @@ fn encode_q4(
     let groups = padded.as_chunks::<Q4_GROUP>().0;
     for (g, (group, weights)) in groups.iter().zip(codes.as_chunks_mut::<Q4_GROUP>().0).enumerate() {
         let scaled = group.map(|x| x * inverse);
-        let widest = (amax(&scaled) / 7.0).round() as i32;
-        let (mut s, mut smallest) = (0, f32::INFINITY);
-        for candidate in (widest - 2).clamp(1, Q4_SCALE_MAX)..=(widest + 1).clamp(1, Q4_SCALE_MAX) {
-            let error = q4_error(&scaled, candidate);
-            if error < smallest || s == 0 {
-                (s, smallest) = (candidate, error);
-            }
-        }
+        let s = q4_group_scale(&scaled);
         header[groups_at + g * TILE_N + n] = s as u8;
         let mut nibbles = [0u8; Q4_GROUP];
         for ((&x, weight), nibble) in scaled.iter().zip(weights).zip(&mut nibbles) {
             let code = q4_code(x, s);
-            *weight = (code * s as f32) as i8;
+            *weight = (code * f32::from(s)) as i8;
             *nibble = (code + 8.0) as u8;
         }
         for (i, eight) in nibbles.as_chunks::<8>().0.iter().enumerate() {
@@ -158,18 +150,34 @@ fn encode_q4(
     write_header(shape, scale, codes, n, header);
 }
 
+/// The group scale of weights in units of the output's scale: of those around the group's width, the one that leaves the
+/// smallest squared error. Codes reach from -8 to 7, so its sign lets the widest weight have the larger side.
+fn q4_group_scale(scaled: &[f32; Q4_GROUP]) -> i8 {
+    let (low, high) = scaled.iter().fold((0.0f32, 0.0f32), |(l, h), &x| (l.min(x), h.max(x)));
+    let (sign, narrow, wide) = if -low >= high { (1, high, -low) } else { (-1, -low, high) };
+    let width = (wide / 8.0).max(narrow / 7.0).round() as i8;
+    let (mut s, mut smallest) = (0, f32::INFINITY);
+    for candidate in (width - 2).clamp(1, Q4_SCALE_MAX)..=(width + 1).clamp(1, Q4_SCALE_MAX) {
+        let error = q4_error(scaled, sign * candidate);
+        if error < smallest || s == 0 {
+            (s, smallest) = (sign * candidate, error);
+        }
+    }
+    s
+}
+
 /// The code, less 8, of a weight in units of the output's scale.
-fn q4_code(x: f32, s: i32) -> f32 {
-    let low = if 8 * s > 127 { -7.0 } else { -8.0 };
-    ((x / s as f32 + NEAREST) - NEAREST).clamp(low, 7.0)
+fn q4_code(x: f32, s: i8) -> f32 {
+    let low = if 8 * i32::from(s).abs() > 127 { -7.0 } else { -8.0 };
+    ((x / f32::from(s) + NEAREST) - NEAREST).clamp(low, 7.0)
 }
 
 /// Squared error of a group under group scale `s`.
-fn q4_error(scaled: &[f32; Q4_GROUP], s: i32) -> f32 {
+fn q4_error(scaled: &[f32; Q4_GROUP], s: i8) -> f32 {
     let mut lanes = [0.0f32; 8];
     for chunk in scaled.as_chunks::<8>().0 {
         for (lane, &x) in lanes.iter_mut().zip(chunk) {
-            let error = x - q4_code(x, s) * s as f32;
+            let error = x - q4_code(x, s) * f32::from(s);
             *lane += error * error;
         }
     }

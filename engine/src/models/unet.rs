@@ -170,7 +170,7 @@ impl Blocks<'_> {
         let x = b.within("attn1", |b| {
             let q = b.linear(y, "to_q", c, Role::SelfQkv).no_bias().build();
             let k = b.linear(y, "to_k", c, Role::SelfQkv).no_bias().build();
-            let v = b.linear(y, "to_v", c, Role::SelfQkv).no_bias().build();
+            let v = b.linear(y, "to_v", c, Role::SelfV).no_bias().build();
             let y = b.attention(q, k, v, heads, false);
             b.linear(y, "to_out.0", c, Role::AttentionOut).residual(x).build()
         });
@@ -197,7 +197,7 @@ pub(super) fn resnet(
     eps: f32,
     emb: Option<Tensor>,
 ) -> Tensor {
-    let shift = emb.map(|emb| b.linear(emb, "time_emb_proj", c, Role::Embedding).build());
+    let shift = emb.map(|emb| b.linear(emb, "time_emb_proj", c, Role::TimeShift).build());
     let y = b.group_norm(x, "norm1", groups, eps, Activation::Silu);
     let y = b.conv3x3(y, "conv1", c, Role::Conv);
     let y = match shift {
