@@ -330,6 +330,10 @@ pub struct Convert {
     /// Folder in the layout of diffusers with the configuration of an unusual model.
     #[arg(long, value_name = "FOLDER")]
     pub config: Option<PathBuf>,
+    /// Make pictures of the prompts in this file (one on each line) to learn what the layers see, and round accordingly:
+    /// half the error for minutes more.
+    #[arg(long, value_name = "FILE.txt")]
+    pub calibrate: Option<PathBuf>,
     /// Write what became of each tensor.
     #[arg(long, value_name = "FILE.json")]
     pub report: Option<PathBuf>,

@@ -25,7 +25,7 @@ use crate::card::Card;
 use crate::error::{Error, Result};
 use crate::format::ModelFile;
 use crate::graph::weight::WeightSpec;
-use crate::graph::{Arena, Session, Watch};
+use crate::graph::{Arena, Observer, Session, Watch};
 use crate::rng::Rng;
 use crate::sampler::{self, Run};
 use crate::schedule::{Schedule, Spread};
@@ -42,6 +42,7 @@ pub struct Pipeline {
     schedule: Schedule,
     tokenizer: Mutex<Option<Arc<Tokenizer>>>,
     opened: f64,
+    observer: Option<Observer>,
 }
 
 /// What a caller of [`Pipeline::generate`] does with an event.
@@ -55,7 +56,12 @@ impl Pipeline {
         let schedule = Schedule::new(&file.card().schedule);
         let tokenizer = Mutex::new(None);
         let opened = start.elapsed().as_secs_f64();
-        Ok(Pipeline { file, settings, workers, schedule, tokenizer, opened })
+        Ok(Pipeline { file, settings, workers, schedule, tokenizer, opened, observer: None })
+    }
+
+    /// Shows `observer` the operands of all matrix products.
+    pub fn observed(self, observer: Observer) -> Pipeline {
+        Pipeline { observer: Some(observer), ..self }
     }
 
     /// The model's card.
@@ -147,7 +153,8 @@ impl Pipeline {
         let mut arena = Arena::new(bytes).map_err(|_| Error::NoMemory { bytes })?;
         let weights = weights::bytes(&self.file, part.plan.weights());
         let (workers, isa) = (&self.workers, self.settings.isa);
-        let mut session = Session::new(&part.plan, weights, &mut arena, part.banks, workers, isa);
+        let mut session = Session::new(&part.plan, weights, &mut arena, part.banks, workers, isa)
+            .observed(self.observer.as_ref());
         let stream = Stream::new(&self.file, part);
         let kind = match part.part {
             models::Part::TextEncoder(_) => Part::Text,
