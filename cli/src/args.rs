@@ -89,6 +89,9 @@ pub struct Gen {
     /// How the machine is used.
     #[command(flatten)]
     pub machine: Machine,
+    /// Where the time went.
+    #[command(flatten)]
+    pub profiling: Profiling,
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
@@ -202,6 +205,14 @@ pub struct Machine {
     pub precision: PrecisionArg,
 }
 
+/// Where the time went.
+#[derive(Debug, Args)]
+pub struct Profiling {
+    /// Print where the time went, or write it to a file that browsers' tracing viewers open.
+    #[arg(long, value_name = "FILE.json", num_args = 0..=1, require_equals = true, default_missing_value = "-")]
+    pub profile: Option<PathBuf>,
+}
+
 /// How much is said.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct Voice {
@@ -277,6 +288,9 @@ pub struct BenchModel {
     /// How the machine is used.
     #[command(flatten)]
     pub machine: Machine,
+    /// Where the time went.
+    #[command(flatten)]
+    pub profiling: Profiling,
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,

@@ -12,7 +12,7 @@ use crate::args::BenchModel;
 use crate::failure::{Failure, Result};
 use crate::progress::{Level, PictureProgress, Progress};
 use crate::report::{Generated, to_json};
-use crate::{cache, interrupt, model, size, terminal};
+use crate::{cache, interrupt, model, profile, size, terminal};
 
 /// What is drawn; the time doesn't depend on it.
 const PROMPT: &str = "a photograph of a mountain lake at sunrise";
@@ -57,7 +57,11 @@ fn measure(
         settings.isa.name(),
         settings.threads
     );
-    let pipeline = Pipeline::new(file, settings)?;
+    let profile = profile::Report::new(&arguments.profiling)?;
+    let mut pipeline = Pipeline::new(file, settings)?;
+    if profile.is_some() {
+        pipeline = pipeline.profiled();
+    }
     let opened = start.elapsed().as_secs_f64();
     let mut progress = PictureProgress::new(level, name, request.steps);
     let mut made = pipeline.generate(&request, &mut |event| {
@@ -67,6 +71,9 @@ fn measure(
     drop(progress);
     made.timings.total_s += opened - made.timings.open_s;
     made.timings.open_s = opened;
+    if let Some((report, profile)) = profile.zip(pipeline.profile()) {
+        report.write(profile)?;
+    }
     report.add_unseen(&made.timings, &made.memory);
     if arguments.json {
         terminal::print(&to_json(&report));

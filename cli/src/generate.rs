@@ -11,7 +11,7 @@ use crate::failure::Result;
 use crate::output::Output;
 use crate::progress::{Level, PictureProgress};
 use crate::report::{Generated, Image, to_json};
-use crate::{interrupt, latents, model, parameters, picture, size, terminal};
+use crate::{interrupt, latents, model, parameters, picture, profile, size, terminal};
 
 pub(crate) fn run(arguments: &Gen) -> Result<()> {
     let start = Instant::now();
@@ -29,8 +29,12 @@ pub(crate) fn run(arguments: &Gen) -> Result<()> {
         model::ram_text(settings.ram)
     ));
 
+    let profile = profile::Report::new(&arguments.profiling)?;
     let mut report = Generated::new(&file, &settings);
-    let pipeline = Pipeline::new(file, settings)?;
+    let mut pipeline = Pipeline::new(file, settings)?;
+    if profile.is_some() {
+        pipeline = pipeline.profiled();
+    }
     let opened = start.elapsed().as_secs_f64();
     for (request, output) in requests.iter().zip(&outputs) {
         let mut progress = PictureProgress::new(level, &format!("seed {}", request.seed), request.steps);
@@ -52,6 +56,9 @@ pub(crate) fn run(arguments: &Gen) -> Result<()> {
         level.say(&summary(&made, request));
         let image = Image { path, seed: request.seed, width: made.width, height: made.height };
         report.add(image, &made.timings, &made.memory);
+    }
+    if let Some((report, profile)) = profile.zip(pipeline.profile()) {
+        report.write(profile)?;
     }
     if arguments.json {
         terminal::print(&to_json(&report));

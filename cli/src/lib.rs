@@ -22,6 +22,7 @@ mod output;
 mod parameters;
 mod picture;
 mod plan;
+mod profile;
 mod progress;
 mod report;
 mod size;

@@ -119,9 +119,8 @@ pub fn plan(
 ) -> Result<MemoryPlan> {
     let held = crate::memory::resident().unwrap_or(0) + SLACK_BYTES;
     let options = |part| Options {
-        // Pictures are large; what 8 bits a channel show of bf16 sums is nothing.
-        narrow_stream: settings.precision == Precision::Fast
-            && matches!(part, Part::VaeDecoder | Part::VaeEncoder),
+        // Half the traffic and half the arena; beside the error of 8-bit operands that of bf16 sums doesn't show.
+        narrow_stream: settings.precision == Precision::Fast && !matches!(part, Part::TextEncoder(_)),
         ..Options::new(settings.precision, settings.isa, settings.threads)
     };
     let mut parts: Vec<(Part, Vec<(Network, usize)>)> = vec![];
@@ -194,7 +193,10 @@ fn fit(
     // Values are only made again in the VAE: pictures are what is too large to be kept.
     let picture = matches!(part, Part::VaeDecoder | Part::VaeEncoder);
     for remake in [false, true] {
-        for (network, banks) in networks {
+        for ((network, banks), options) in networks
+            .iter()
+            .flat_map(|network| [options, options.small_bands()].map(|options| (network, options)))
+        {
             let encodings = encodings(network.weights())?;
             let plan = Plan::new(network, &encodings, options);
             let window = window(&plan, |_| true);

@@ -19,13 +19,13 @@ pub enum Isa {
     Avx512,
     /// AVX-512 with VNNI.
     Avx512Vnni,
-    /// AVX-512 with VNNI, and AMX int8 and bf16 tiles.
+    /// AVX-512 with VNNI and BF16, and AMX int8 and bf16 tiles.
     Amx,
     /// NEON.
     Neon,
     /// NEON with dotprod.
     Dotprod,
-    /// NEON with dotprod and i8mm.
+    /// NEON with dotprod, i8mm and bf16, which come together.
     I8mm,
 }
 
@@ -123,7 +123,7 @@ impl Isa {
             Isa::AvxVnni => avx2() && has!("avxvnni"),
             Isa::Avx512 => avx512(),
             Isa::Avx512Vnni => avx512() && has!("avx512vnni"),
-            Isa::Amx => avx512() && has!("avx512vnni") && amx::found(),
+            Isa::Amx => avx512() && has!("avx512vnni") && has!("avx512bf16") && amx::found(),
             _ => false,
         }
     }
@@ -134,7 +134,7 @@ impl Isa {
         match self {
             Isa::Scalar | Isa::Neon => true,
             Isa::Dotprod => has!("dotprod"),
-            Isa::I8mm => has!("dotprod") && has!("i8mm"),
+            Isa::I8mm => has!("dotprod") && has!("i8mm") && has!("bf16"),
             _ => false,
         }
     }

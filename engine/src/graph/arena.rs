@@ -72,7 +72,11 @@ pub struct Arena {
 impl Arena {
     /// An arena of `bytes`; the system hands out its pages when they are first written.
     pub fn new(bytes: usize) -> std::io::Result<Arena> {
-        Ok(Arena { memory: MmapMut::map_anon(bytes.max(1))?, len: bytes })
+        let memory = MmapMut::map_anon(bytes.max(1))?;
+        // Pages of 4 KiB would cost the kernels a table walk every few rows. Where there are no larger ones, so be it.
+        #[cfg(target_os = "linux")]
+        let _ = memory.advise(memmap2::Advice::HugePage);
+        Ok(Arena { memory, len: bytes })
     }
 
     /// Its size in bytes.

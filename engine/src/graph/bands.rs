@@ -7,7 +7,9 @@ use kernels::gemm::{Activation, Filter};
 use kernels::view::{Border, ImageShape};
 
 use super::builder::Dims;
+use super::plan::Plan;
 use super::steps::{Buf, NormSpec, OperandBuf, ResidualSpec, RowsBuf, SourceBufs};
+use super::weight::WeightSpec;
 
 /// A piece of work that is done band by band.
 #[derive(Clone, Debug)]
@@ -74,6 +76,17 @@ pub(super) struct Extent {
     pub(super) operand: ImageShape,
     /// The first row that a GEMM computes, counted in those that its operand yields.
     pub(super) skip: usize,
+}
+
+/// What an operation costs on a band.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Work {
+    /// What kind of work it is.
+    pub(super) kind: &'static str,
+    /// Multiplications and additions.
+    pub(super) operations: u64,
+    /// Bytes read and written, each counted once.
+    pub(super) bytes: u64,
 }
 
 /// The rows of `input` behind output rows `rows` of a filter, and the operand that holds them.
@@ -175,6 +188,55 @@ impl Bands {
             }
         }
         Band { image, images, rows, ops, local }
+    }
+
+    /// The images that `rows` are of.
+    pub(super) fn dims(&self, rows: RowsBuf) -> Dims {
+        self.local(rows).map_or(self.output, |i| self.local[i].1)
+    }
+
+    /// Multiplications and additions of `op` on a band.
+    pub(super) fn operations(
+        &self,
+        op: &BandOp,
+        band: &Band,
+        extent: &Extent,
+        weights: &[WeightSpec],
+    ) -> u64 {
+        let BandOp::Gemm { weight, out, .. } = op else { return 0 };
+        let rows = band.images * extent.rows.len() * self.dims(*out).w;
+        let s = weights[*weight].kind.shape().expect("a GEMM has a matrix");
+        2 * (rows * s.n * s.taps * s.k) as u64
+    }
+
+    /// What `op` does on a band.
+    pub(super) fn work(&self, op: &BandOp, band: &Band, extent: &Extent, plan: &Plan) -> Work {
+        let pixels = |w: usize| band.images * extent.rows.len() * w;
+        let source = |s: &SourceBufs, w| s.iter().flatten().map(|r| r.bytes(pixels(w))).sum::<u64>();
+        let operand = |o: &OperandBuf| (extent.operand.operand_rows() * o.stride * o.kind.bytes()) as u64;
+        let (kind, bytes) = match op {
+            BandOp::Pass { source: s, input, norm, out, .. } => {
+                let kind = match norm {
+                    NormSpec::None => "convert",
+                    NormSpec::Group { .. } => "group norm",
+                    NormSpec::Layer { .. } => "layer norm",
+                };
+                (kind, source(s, input.w) + operand(out))
+            }
+            BandOp::Gemm { operand: o, weight, residual, out, .. } => {
+                let pixels = pixels(self.dims(*out).w);
+                let residual = match residual {
+                    ResidualSpec::None => 0,
+                    ResidualSpec::Rows(r) => r.bytes(pixels),
+                    ResidualSpec::InPlace => out.bytes(pixels),
+                };
+                let taps = plan.weights()[*weight].kind.shape().expect("a GEMM has a matrix").taps;
+                let kind = if taps > 1 { "conv" } else { "linear" };
+                (kind, operand(o) + plan.stored_bytes(*weight) as u64 + residual + out.bytes(pixels))
+            }
+            BandOp::Sums { source: s, .. } => ("statistics", source(s, self.output.w)),
+        };
+        Work { kind, operations: self.operations(op, band, extent, plan.weights()), bytes }
     }
 
     /// Calls `size` with each buffer of which only a band exists, and the bytes it needs.

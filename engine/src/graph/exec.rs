@@ -1,6 +1,7 @@
 //! Runs a plan.
 
 use std::ops::Range;
+use std::time::Instant;
 
 use kernels::attention::{Attention, Mask, attention};
 use kernels::gemm::{Epilogue, Filter, Gemm, gemm, gemm_rows};
@@ -13,7 +14,10 @@ use super::arena::Arena;
 use super::bands::{Band, BandOp, Bands, Extent};
 use super::builder::Dims;
 use super::plan::Plan;
-use super::steps::{Buf, NormSpec, Op, OperandBuf, OperandKind, ResidualSpec, RowsBuf, RowsKind, SourceBufs};
+use super::profile::Profile;
+use super::steps::{
+    Buf, NormSpec, Op, OperandBuf, OperandKind, ResidualSpec, RowsBuf, RowsKind, SourceBufs, Step,
+};
 
 /// What goes on around steps.
 pub trait Watch<E> {
@@ -50,6 +54,7 @@ pub struct Session<'a> {
     workers: &'a Workers,
     isa: Isa,
     observer: Option<&'a Observer>,
+    profile: Option<&'a Profile>,
 }
 
 impl std::fmt::Debug for Session<'_> {
@@ -76,12 +81,17 @@ impl<'a> Session<'a> {
             assert_eq!(w.len(), plan.stored_bytes(i), "bytes of {}", plan.weights()[i].name);
         }
         assert!(plan.arena_bytes(banks) <= arena.bytes(), "an arena of {} bytes", arena.bytes());
-        Session { plan, weights, arena, banks, workers, isa, observer: None }
+        Session { plan, weights, arena, banks, workers, isa, profile: None, observer: None }
     }
 
     /// Shows operands to `observer`.
     pub fn observed(self, observer: Option<&'a Observer>) -> Self {
         Session { observer, ..self }
+    }
+
+    /// The same, with a note of each operation in `profile`.
+    pub fn profiled(self, profile: Option<&'a Profile>) -> Self {
+        Session { profile, ..self }
     }
 
     /// Where the caller writes input `name` of f32 numbers. Inputs of rate `Run` are written before [`Session::prologue`],
@@ -134,7 +144,7 @@ impl<'a> Session<'a> {
     fn run<E>(&mut self, steps: Range<usize>, bank: usize, watch: &mut impl Watch<E>) -> Result<(), E> {
         for i in steps.clone() {
             watch.before(i, steps.clone());
-            self.step(&self.plan.all_steps()[i].op, bank);
+            self.step(&self.plan.all_steps()[i], bank);
             watch.after(i, steps.clone())?;
         }
         Ok(())
@@ -221,7 +231,7 @@ impl<'a> Session<'a> {
     }
 
     /// All operations of `bands` on one band.
-    fn band(&self, bands: &Bands, band: &Band, bank: usize) {
+    fn band(&self, path: &str, bands: &Bands, band: &Band, bank: usize) {
         let (workers, isa) = (self.workers, self.isa);
         let images = band.image..band.image + band.images;
         // Pixels of rows `at` of images `dims`, in a whole tensor or in what the band holds of one.
@@ -233,9 +243,9 @@ impl<'a> Session<'a> {
             let first = (image * held.len() + at.start - held.start) * dims.w;
             first..first + band.images * at.len() * dims.w
         };
-        let dims = |r: RowsBuf| bands.local(r).map_or(bands.output, |i| bands.local[i].1);
         for (op, extent) in bands.ops.iter().zip(&band.ops) {
             let Extent { rows, operand: shape, skip } = extent;
+            let clock = self.profile.map(|profile| (profile, Instant::now()));
             match *op {
                 BandOp::Pass { source, input, norm, activation, out, .. } => {
                     let part = |r: RowsBuf| (self.rows(r, bank, pixels(r, input, rows)), r.c);
@@ -249,7 +259,7 @@ impl<'a> Session<'a> {
                     let weight_shape = self.plan.weights()[weight].kind.shape().expect("a GEMM has a matrix");
                     let encoding = self.plan.encodings()[weight].expect("a matrix has an encoding");
                     let n = weight_shape.n;
-                    let at = dims(out);
+                    let at = bands.dims(out);
                     let epilogue = Epilogue {
                         bias: bias.map(|b| self.vector(b)),
                         image_bias: image_bias.map(|b| &self.read(b, bank)[images.start * n..images.end * n]),
@@ -288,6 +298,10 @@ impl<'a> Session<'a> {
                     group_sums(workers, isa, source, image, groups, rows.clone(), sums);
                 }
             }
+            if let Some((profile, since)) = clock {
+                let work = bands.work(op, band, extent, self.plan);
+                profile.add(path, work.kind, since, work.operations, work.bytes);
+            }
         }
     }
 
@@ -300,11 +314,15 @@ impl<'a> Session<'a> {
         bands.ops.iter().find_map(of).expect("an operand is written before it is read")
     }
 
-    fn step(&self, op: &Op, bank: usize) {
+    fn step(&self, step: &Step, bank: usize) {
         let (workers, isa) = (self.workers, self.isa);
         let all = |r: RowsBuf, pixels: usize| self.rows(r, bank, 0..pixels);
-        match *op {
-            Op::Bands(ref bands) => bands.bands.iter().for_each(|band| self.band(bands, band, bank)),
+        if let Op::Bands(bands) = &step.op {
+            return bands.bands.iter().for_each(|band| self.band(&step.path, bands, band, bank));
+        }
+        let clock = self.profile.map(|profile| (profile, Instant::now()));
+        match step.op {
+            Op::Bands(_) => unreachable!("bands are run above"),
             Op::GroupStats { source, image, groups, eps, sums, stats } => {
                 let source = self.source(source, bank, 0..image.pixels());
                 let (sums, stats) = (self.write(sums, bank), self.write(stats, bank));
@@ -358,6 +376,10 @@ impl<'a> Session<'a> {
                 }
                 RowsKind::U32 => unreachable!("ids are no image"),
             },
+        }
+        if let Some((profile, since)) = clock {
+            let operations = step.operations(self.plan.weights());
+            profile.add(&step.path, step.kind(), since, operations, step.op.bytes());
         }
     }
 }

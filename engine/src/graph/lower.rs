@@ -27,8 +27,10 @@ pub struct Options {
     pub isa: Isa,
     /// Size of the team.
     pub threads: usize,
-    /// Bytes that the operands and inner values of a band may take.
+    /// Bytes that the operands and inner values of a band may take, where its weights are few.
     pub band_bytes: usize,
+    /// As `band_bytes`, at most, where weights are many: every band reads them all again.
+    pub heavy_band_bytes: usize,
     /// Bytes of weights that a step may read, unless it is a single layer that has more.
     pub step_weight_bytes: usize,
     /// Whether the residual stream is bf16 too: half the memory, an error of its own.
@@ -38,17 +40,24 @@ pub struct Options {
 }
 
 impl Options {
-    /// Bands that stay in a core's second-level cache, steps of no more weights than the largest layer of SD 1.5.
+    /// Bands that stay in a core's second-level cache if their weights do too, steps of no more weights than the largest layer
+    /// of SD 1.5.
     pub fn new(precision: Precision, isa: Isa, threads: usize) -> Self {
         Options {
             precision,
             isa,
             threads,
             band_bytes: 1 << 20,
+            heavy_band_bytes: 10 << 20,
             step_weight_bytes: 32 << 20,
             narrow_stream: false,
             chain_bytes: 8 << 20,
         }
+    }
+
+    /// The same with bands that are small whatever they read.
+    pub fn small_bands(self) -> Self {
+        Options { heavy_band_bytes: self.band_bytes, ..self }
     }
 }
 
@@ -98,10 +107,11 @@ pub(super) fn lower(
     if network.values.iter().all(|v| v.rate == Rate::Run) {
         prologue = l.steps.len(); // an output's own pass included
     }
+    let weights: Vec<usize> = l.steps.iter().map(|step| l.weight_bytes(&step.weights)).collect();
     let Lowering { mut bytes, mut steps, inputs, rows, .. } = l;
-    for step in &mut steps {
+    for (step, weights) in steps.iter_mut().zip(weights) {
         if let Op::Bands(b) = &mut step.op {
-            cut_bands(b, options);
+            cut_bands(b, options, weights);
             b.sizes(|buf, size| bytes[buf] = bytes[buf].max(size));
         }
     }
@@ -565,8 +575,8 @@ impl Chain {
     }
 }
 
-/// Cuts `b` into the largest bands whose own buffers fit.
-fn cut_bands(b: &mut Bands, options: Options) {
+/// Cuts `b`, which reads `weights` bytes of weights, into the largest bands whose own buffers fit.
+fn cut_bands(b: &mut Bands, options: Options, weights: usize) {
     let image = ImageShape { batch: b.output.batch, h: b.output.h, w: b.output.w, border: Border::default() };
     let sums = b.ops.iter().any(|op| matches!(op, BandOp::Sums { .. }));
     let doubles = |op: &BandOp| matches!(op, BandOp::Pass { filter, .. } if filter.upsample);
@@ -577,7 +587,11 @@ fn cut_bands(b: &mut Bands, options: Options) {
     };
     let passes =
         b.ops.iter().filter(|op| matches!(op, BandOp::Pass { filter, .. } if *filter != Filter::POINT));
-    let target = if passes.count() > 1 || sums { options.chain_bytes } else { options.band_bytes };
+    let target = match passes.count() > 1 || sums {
+        true => options.chain_bytes,
+        // Writing and reading what a band holds costs as much as reading as many weights.
+        false => (2 * weights).min(options.heavy_band_bytes).max(options.band_bytes),
+    };
     let all = b.output.batch * b.output.h;
     // Halving finds the size soon enough: bands need not be as large as can be.
     let mut rows = all;

@@ -15,6 +15,7 @@ mod builder;
 mod exec;
 mod lower;
 mod plan;
+mod profile;
 mod steps;
 pub mod weight;
 
@@ -23,4 +24,5 @@ pub use builder::{Builder, Dims, GemmBuilder, Network, Rate, Tensor};
 pub use exec::{Observer, Session, Watch};
 pub use lower::Options;
 pub use plan::Plan;
+pub use profile::{Profile, Span};
 pub use steps::Step;

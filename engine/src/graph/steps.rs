@@ -5,7 +5,7 @@ use kernels::attention::{AttentionShape, Products};
 use kernels::gemm::Activation;
 use kernels::view::ImageShape;
 
-use super::bands::{BandOp, Bands};
+use super::bands::{Band, BandOp, Bands};
 use super::builder::Dims;
 use super::weight::WeightSpec;
 
@@ -36,6 +36,13 @@ pub(super) struct RowsBuf {
     pub(super) buf: Buf,
     pub(super) kind: RowsKind,
     pub(super) c: usize,
+}
+
+impl RowsBuf {
+    /// Bytes of so many of its rows.
+    pub(super) fn bytes(&self, pixels: usize) -> u64 {
+        (pixels * self.c * self.kind.bytes()) as u64
+    }
 }
 
 /// Element type of a GEMM's left operand.
@@ -177,15 +184,10 @@ impl Step {
     pub fn operations(&self, weights: &[WeightSpec]) -> u64 {
         match &self.op {
             Op::Bands(b) => {
-                let mut sum = 0;
-                for (i, op) in b.ops.iter().enumerate() {
-                    let BandOp::Gemm { weight, out, .. } = op else { continue };
-                    let w = b.local(*out).map_or(b.output.w, |l| b.local[l].1.w);
-                    let rows: usize = b.bands.iter().map(|band| band.images * band.ops[i].rows.len()).sum();
-                    let s = weights[*weight].kind.shape().expect("a GEMM has a matrix");
-                    sum += 2 * (rows * w * s.n * s.taps * s.k) as u64;
-                }
-                sum
+                let of = |band: &Band| {
+                    b.ops.iter().zip(&band.ops).map(|(op, e)| b.operations(op, band, e, weights)).sum::<u64>()
+                };
+                b.bands.iter().map(of).sum()
             }
             Op::Attention { shape: s, .. } => 4 * (s.batch * s.heads * s.nq * s.nk * s.d) as u64,
             _ => 0,
@@ -194,6 +196,23 @@ impl Step {
 }
 
 impl Op {
+    /// Bytes that a step reads and writes, each counted once; of what runs band by band, [`Bands::work`] knows.
+    pub(super) fn bytes(&self) -> u64 {
+        let source = |s: &SourceBufs, pixels: usize| s.iter().flatten().map(|r| r.bytes(pixels)).sum::<u64>();
+        match self {
+            Op::Bands(_) | Op::GroupFinish { .. } | Op::Lookup { .. } => 0,
+            Op::GroupStats { source: s, image, .. } => source(s, image.pixels()),
+            Op::Rows { source: s, image, out, .. } => source(s, image.pixels()) + out.bytes(image.pixels()),
+            Op::Attention { shape, q, k, v, out, .. } => {
+                let (queries, keys) = (shape.batch * shape.nq, shape.batch * shape.nk);
+                q.bytes(queries) + out.bytes(queries) + k.bytes(keys) + v.bytes(keys)
+            }
+            Op::Resize { x, from, to, out } => {
+                x.bytes(from.batch * from.h * from.w) + out.bytes(to.batch * to.h * to.w)
+            }
+        }
+    }
+
     /// Buffers read, buffers written (a workspace counts as written).
     pub(super) fn buffers(&self) -> (Vec<Buf>, Vec<Buf>) {
         let source = |s: &SourceBufs| s.iter().flatten().map(|r| r.buf).collect::<Vec<_>>();

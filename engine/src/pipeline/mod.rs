@@ -25,7 +25,7 @@ use crate::card::Card;
 use crate::error::{Error, Result};
 use crate::format::ModelFile;
 use crate::graph::weight::WeightSpec;
-use crate::graph::{Arena, Observer, Session, Watch};
+use crate::graph::{Arena, Observer, Profile, Session, Watch};
 use crate::rng::Rng;
 use crate::sampler::{self, Run};
 use crate::schedule::{Schedule, Spread};
@@ -43,6 +43,7 @@ pub struct Pipeline {
     tokenizer: Mutex<Option<Arc<Tokenizer>>>,
     opened: f64,
     observer: Option<Observer>,
+    profile: Option<Profile>,
 }
 
 /// What a caller of [`Pipeline::generate`] does with an event.
@@ -56,12 +57,22 @@ impl Pipeline {
         let schedule = Schedule::new(&file.card().schedule);
         let tokenizer = Mutex::new(None);
         let opened = start.elapsed().as_secs_f64();
-        Ok(Pipeline { file, settings, workers, schedule, tokenizer, opened, observer: None })
+        Ok(Pipeline { file, settings, workers, schedule, tokenizer, opened, profile: None, observer: None })
     }
 
     /// Shows `observer` the operands of all matrix products.
     pub fn observed(self, observer: Observer) -> Pipeline {
         Pipeline { observer: Some(observer), ..self }
+    }
+
+    /// The same, with a note of each operation of the networks.
+    pub fn profiled(self) -> Pipeline {
+        Pipeline { profile: Some(Profile::default()), ..self }
+    }
+
+    /// What the networks have done, in a [`Pipeline::profiled`] one.
+    pub fn profile(&self) -> Option<&Profile> {
+        self.profile.as_ref()
     }
 
     /// The model's card.
@@ -154,6 +165,7 @@ impl Pipeline {
         let weights = weights::bytes(&self.file, part.plan.weights());
         let (workers, isa) = (&self.workers, self.settings.isa);
         let mut session = Session::new(&part.plan, weights, &mut arena, part.banks, workers, isa)
+            .profiled(self.profile.as_ref())
             .observed(self.observer.as_ref());
         let stream = Stream::new(&self.file, part);
         let kind = match part.part {

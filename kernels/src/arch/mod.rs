@@ -2,6 +2,8 @@
 
 use crate::gemm::GemmKernel;
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -22,7 +24,19 @@ pub(crate) static KERNELS: &[&GemmKernel] = &[
 ];
 
 /// The table of [`crate::gemm::kernels`].
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+pub(crate) static KERNELS: &[&GemmKernel] = &[
+    &scalar::GEMM_U8S8,
+    &scalar::GEMM_F32,
+    &aarch64::neon::GEMM_U8S8,
+    &aarch64::neon::GEMM_F32,
+    &aarch64::dotprod::GEMM_U8S8,
+    &aarch64::i8mm::GEMM_U8S8,
+    &aarch64::i8mm::GEMM_BF16,
+];
+
+/// The table of [`crate::gemm::kernels`].
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) static KERNELS: &[&GemmKernel] = &[&scalar::GEMM_U8S8, &scalar::GEMM_F32];
 
 /// Asks for the cache line of the first byte of `bytes`, into L2.
@@ -33,6 +47,11 @@ pub(crate) fn prefetch(bytes: &[u8]) {
     unsafe {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().cast());
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a prefetch has no effect but on caches, whatever the address.
+    unsafe {
+        std::arch::asm!("prfm pldl2keep, [{}]", in(reg) bytes.as_ptr(), options(nostack, readonly, preserves_flags));
     }
     let _ = bytes;
 }

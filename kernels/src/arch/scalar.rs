@@ -3,7 +3,7 @@
 use crate::gemm::steps::steps;
 use crate::gemm::tile::{Lanes, broadcast_kernel};
 
-steps!(STEPS);
+steps!(STEPS, crate::simd::scalar::Scalar);
 
 /// 16 i32 sums of u8 by i8.
 struct U8S8;

@@ -14,11 +14,17 @@ use super::head::{KvHead, QueryHead, Write, load_square};
 use super::softmax::Softmax;
 use super::tiles::{GROUPS, Operands, ROWS, SUMS, TILE, Tiles, WIDTH};
 
-/// Queries in a block.
-pub(super) const QUERIES: usize = GROUPS * ROWS;
+/// Queries that are multiplied at a time.
+const TEAM: usize = GROUPS * ROWS;
 /// Keys in a block, a multiple of 32: few enough that their scores stay in L1, enough that the output isn't loaded and
 /// stored too often.
-const BLOCK: usize = 128;
+const BLOCK: usize = 64;
+
+/// Queries in a block: few where its keys and values stay in L1 meanwhile, more where every block of queries gets them from
+/// beyond L2.
+pub(super) const fn queries(d: usize) -> usize {
+    if d <= 256 { 2 * TEAM } else { 4 * TEAM }
+}
 
 /// Tiles of K along a head's columns.
 const fn k_tiles(d: usize) -> usize {
@@ -124,8 +130,8 @@ pub(super) struct Block<'a, W> {
 
 /// Bytes of scratch memory that a [`Block`] wants.
 pub(super) const fn scratch_bytes(d: usize) -> usize {
-    let narrow = GROUPS * (k_tiles(d) + BLOCK / WIDTH) * TILE;
-    let wide = QUERIES * (BLOCK + v_tiles(d) * ROWS + 2);
+    let narrow = queries(d) / ROWS * k_tiles(d) * TILE + GROUPS * BLOCK / WIDTH * TILE;
+    let wide = TEAM * BLOCK + queries(d) * (v_tiles(d) * ROWS + 2);
     2 * narrow + 4 * wide
 }
 
@@ -138,35 +144,42 @@ impl<W: Write> SimdOp for Block<'_, W> {
         let Block { head, first, k, v, scratch, mut out, tiles } = self;
         let AttentionShape { nq, nk, d, .. } = head.shape;
         let (kt, vt) = (k_tiles(d), v_tiles(d));
-        let (q, rest) = scratch.split_at_mut(2 * GROUPS * kt * TILE);
+        let queries = queries(d).min((nq - first).next_multiple_of(TEAM));
+        let groups = queries / ROWS;
+        let (q, rest) = scratch.split_at_mut(2 * groups * kt * TILE);
         let (p, rest) = rest.split_at_mut(2 * GROUPS * (BLOCK / WIDTH) * TILE);
-        let (scores, rest) = rest.split_at_mut(4 * GROUPS * BLOCK * ROWS);
-        let (acc, rest) = rest.split_at_mut(4 * GROUPS * vt * SUMS);
-        let (most, rest) = rest.split_at_mut(4 * QUERIES);
+        let (scores, rest) = rest.split_at_mut(4 * TEAM * BLOCK);
+        let (acc, rest) = rest.split_at_mut(4 * groups * vt * SUMS);
+        let (most, rest) = rest.split_at_mut(4 * queries);
         let q: &mut [bf16] = cast_slice_mut(q); // [groups][d / 32] tiles
-        let p: &mut [bf16] = cast_slice_mut(p); // [groups][BLOCK / 32] tiles
-        let scores: &mut [f32] = cast_slice_mut(scores); // [groups][BLOCK][16]
+        let p: &mut [bf16] = cast_slice_mut(p); // [GROUPS][BLOCK / 32] tiles
+        let scores: &mut [f32] = cast_slice_mut(scores); // [GROUPS][BLOCK][16]
         let acc: &mut [f32] = cast_slice_mut(acc); // [groups][d padded to 16][16]
         let most: &mut [f32] = cast_slice_mut(most); // [groups][16]
-        let sum: &mut [f32] = cast_slice_mut(&mut rest[..4 * QUERIES]); // [groups][16]
+        let sum: &mut [f32] = cast_slice_mut(&mut rest[..4 * queries]); // [groups][16]
 
         for (g, q) in q.chunks_exact_mut(kt * TILE).enumerate() {
             pack_q(s, &head, first + g * ROWS, q);
         }
         Softmax::new(most, sum, acc, ROWS);
-        for first_key in (0..head.keys_seen(first, QUERIES)).step_by(BLOCK) {
+        // Pieces of work: a block of keys for a team of queries.
+        let teams = groups / GROUPS;
+        for piece in 0..head.keys_seen(first, queries).div_ceil(BLOCK) * teams {
+            let (first_key, team) = (piece / teams * BLOCK, piece % teams * GROUPS);
             let keys = BLOCK.min(nk - first_key);
             let steps = keys.div_ceil(WIDTH);
-            let k = &k[first_key / ROWS * kt * TILE..];
-            for i in 0..2 * steps {
-                let a = &k[i * kt * TILE..];
+            let (k, b) = (&k[first_key / ROWS * kt * TILE..], &q[team * kt * TILE..]);
+            for i in (0..2 * steps).step_by(2) {
+                let (a, c_group) = (&k[i * kt * TILE..], BLOCK / ROWS);
                 let operands = Operands {
                     a,
+                    rows: 2,
+                    a_row: kt,
                     a_step: 1,
-                    b: q,
+                    b,
                     b_group: kt,
                     steps: kt,
-                    c_group: BLOCK / ROWS,
+                    c_group,
                     add: false,
                 };
                 tiles.multiply(operands, &mut scores[i * SUMS..]);
@@ -174,6 +187,7 @@ impl<W: Write> SimdOp for Block<'_, W> {
             for g in 0..GROUPS {
                 let scores = &mut scores[g * BLOCK * ROWS..][..keys * ROWS];
                 let p = &mut p[g * (BLOCK / WIDTH) * TILE..][..steps * TILE];
+                let g = team + g;
                 let factor = head.mask(s, scores, ROWS, first + g * ROWS, first_key);
                 let mut softmax = Softmax {
                     most: &mut most[g * ROWS..(g + 1) * ROWS],
@@ -184,14 +198,15 @@ impl<W: Write> SimdOp for Block<'_, W> {
                 softmax.raise(s, scores, factor, 0);
                 exponentials(s, scores, factor, softmax.most, softmax.sum, p);
             }
-            let v = &v[first_key / WIDTH * vt * TILE..];
-            for i in 0..vt {
-                let (a, b_group) = (&v[i * TILE..], BLOCK / WIDTH);
-                let operands = Operands { a, a_step: vt, b: p, b_group, steps, c_group: vt, add: true };
+            let (acc, v) = (&mut acc[team * vt * SUMS..], &v[first_key / WIDTH * vt * TILE..]);
+            for i in (0..vt).step_by(2) {
+                let (a, b_group, rows) = (&v[i * TILE..], BLOCK / WIDTH, (vt - i).min(2));
+                let operands =
+                    Operands { a, rows, a_row: 1, a_step: vt, b: p, b_group, steps, c_group: vt, add: true };
                 tiles.multiply(operands, &mut acc[i * SUMS..]);
             }
         }
-        for g in (0..GROUPS).take_while(|g| first + g * ROWS < nq) {
+        for g in (0..groups).take_while(|g| first + g * ROWS < nq) {
             let (acc, sum) = (&acc[g * vt * SUMS..(g + 1) * vt * SUMS], &sum[g * ROWS..(g + 1) * ROWS]);
             head.finish(s, first + g * ROWS, ROWS, acc, sum, &mut out);
         }

@@ -4,7 +4,6 @@
 //! lies, so a row's result is the same in any batch.
 
 use std::ops::Range;
-use std::rc::Rc;
 
 use super::geometry::{Geometry, RowTile};
 use super::steps::{AddTap, Finish, Out, Sums, Target, Unpack, Widen};
@@ -70,7 +69,7 @@ struct Buffers<'s> {
     rows: &'s mut [u8],
     /// `[PAIR][chunk][16]` of the kernel's weights, where they are unpacked.
     weights: &'s mut [u8],
-    /// `[GROUP_PAIRS][block_rows]`, or two tiles.
+    /// `[GROUP_PAIRS][block_rows]`, or a tile.
     products: &'s mut [[i32; TILE_COLUMNS]],
     /// `[GROUP_PAIRS][block_rows]`, where taps are added up.
     sums: &'s mut [[f32; TILE_COLUMNS]],
@@ -179,7 +178,7 @@ impl<'a> Plan<'a> {
         let (weights, scratch) = scratch.split_at_mut(if self.unpacks { self.kernel.pair_bytes } else { 0 });
         let pairs = if self.widens { GROUP_PAIRS } else { 1 };
         let kept = pairs * self.block_rows;
-        let products = if self.keeps { kept } else { 2 * self.kernel.mr };
+        let products = if self.keeps { kept } else { self.kernel.mr };
         let sums = if self.by_tap { kept } else { 0 };
         let (products, scratch) = scratch.split_at_mut(products * TILE_COLUMNS * 4);
         let sums = &mut scratch[..sums * TILE_COLUMNS * 4];
@@ -204,53 +203,34 @@ impl<'a> Plan<'a> {
             }
             return;
         }
-        // A tile is settled after the next one has been multiplied, so that a multiplier with a long pipeline is never idle.
-        let mut pending: Option<Pending> = None;
-        let mut odd = false;
         for (c, chunk) in self.chunks.iter().enumerate() {
             if self.widens {
                 self.widen(buffers.rows, tiles, chunk);
             }
+            let finishes = c + 1 == self.chunks.len();
             for (i, pair) in pairs.clone().enumerate() {
-                let columns = Rc::new(Columns::new(self, pair, Some(chunk)));
+                let columns = Columns::new(self, pair, Some(chunk));
                 let (b, b_stride) = self.weights(buffers.weights, pair, columns.panels, chunk);
                 let mut ahead = self.ahead(c, pair, &pairs, tiles.len());
                 let mut row = 0;
                 for tile in tiles {
                     ahead.prefetch();
-                    let kept = i * self.block_rows + row;
-                    let at = if self.keeps { kept } else { usize::from(odd) * self.kernel.mr };
-                    odd = !odd;
-                    let finishes = c + 1 == self.chunks.len();
                     if finishes {
                         // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
                         unsafe { (self.kernel.steps.claim)(&self.target(&columns, tile), tile.rows) };
                     }
-                    // A single tile comes back to its own products.
-                    if let Some(pending) = pending.take_if(|pending| pending.at == at) {
-                        self.settle(buffers.products, buffers.sums, &pending);
-                    }
+                    let kept = i * self.block_rows + row;
+                    let at = if self.keeps { kept } else { 0 };
                     let products = &mut buffers.products[at..at + tile.rows];
                     self.multiply(products, buffers.rows, row, tile, b, b_stride, columns.panels, chunk);
-                    row += tile.rows;
                     if chunk.last {
-                        let next = Pending {
-                            columns: columns.clone(),
-                            tile: *tile,
-                            tap: chunk.tap,
-                            at,
-                            kept,
-                            finishes,
-                        };
-                        if let Some(pending) = pending.replace(next) {
-                            self.settle(buffers.products, buffers.sums, &pending);
-                        }
+                        let sums =
+                            if self.by_tap { &mut buffers.sums[kept..kept + tile.rows] } else { &mut [] };
+                        self.settle(&columns, tile, chunk.tap, products, sums, finishes);
                     }
+                    row += tile.rows;
                 }
             }
-        }
-        if let Some(pending) = pending {
-            self.settle(buffers.products, buffers.sums, &pending);
         }
     }
 
@@ -276,25 +256,25 @@ impl<'a> Plan<'a> {
         Ahead { panels, step }
     }
 
-    /// Adds the products of a tile to the sums over its taps, and finishes it after the last chunk.
+    /// Adds the products of a tile to the sums over its taps, and finishes it after the last chunk. (At once: the loads would
+    /// wait for the stores of a tile multiplied meanwhile, a multiple of 4 KiB away.)
     fn settle(
         &self,
+        columns: &Columns,
+        tile: &RowTile,
+        tap: usize,
         products: &[[i32; TILE_COLUMNS]],
         sums: &mut [[f32; TILE_COLUMNS]],
-        Pending { columns, tile, tap, at, kept, finishes }: &Pending,
+        finishes: bool,
     ) {
-        let products = &products[*at..at + tile.rows];
-        let mut sum = None;
         if self.by_tap {
-            let sums = &mut sums[*kept..kept + tile.rows];
-            let (scale, scale_step) = self.row_scale(tile, *tap);
-            let tap = AddTap { products, offset: &columns.offset, scale, scale_step, first: *tap == 0 };
+            let (scale, scale_step) = self.row_scale(tile, tap);
+            let tap = AddTap { products, offset: &columns.offset, scale, scale_step, first: tap == 0 };
             // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
             unsafe { (self.kernel.steps.add_tap)(&tap, sums) };
-            sum = Some(&*sums);
         }
-        if *finishes {
-            self.finish(columns, tile, products, sum);
+        if finishes {
+            self.finish(columns, tile, products, self.by_tap.then_some(&*sums));
         }
     }
 
@@ -473,19 +453,6 @@ impl Ahead<'_> {
             *panel = later;
         }
     }
-}
-
-/// A tile whose products are there.
-struct Pending {
-    columns: Rc<Columns>,
-    tile: RowTile,
-    tap: usize,
-    /// First row of its products.
-    at: usize,
-    /// First row of its sums over taps.
-    kept: usize,
-    /// Whether all its inputs have been met.
-    finishes: bool,
 }
 
 /// What the tiles of a panel pair have in common.

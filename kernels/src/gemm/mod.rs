@@ -1,6 +1,5 @@
 //! Linear layers and convolutions: operand rows times encoded weight panels, with an epilogue.
 
-mod activate;
 mod driver;
 mod geometry;
 pub(crate) mod steps;

@@ -2,12 +2,12 @@
 //! whose loops of 16 become vectors; [`steps!`] compiles it for a tier.
 
 use super::Activation;
-use super::activate;
 use super::table::Types;
 use super::tile::TILE_COLUMNS;
 use crate::bf16;
 use crate::layout::{Encoding, Panel, Q4_GROUP, TILE_K, TILE_N};
 use crate::par::Shared;
+use crate::simd::{Element, Simd};
 use crate::view::Rows;
 
 /// The tier's versions of the functions below. Each is unsafe to call where the machine lacks the tier.
@@ -20,9 +20,10 @@ pub(crate) struct Steps {
     pub(crate) claim: unsafe fn(&Target<'_>, usize),
 }
 
-/// Compiles the steps for a tier: `steps!(#[target_feature(...)] NAME)`.
+/// Compiles the steps for a tier: `steps!(#[target_feature(...)] NAME, token)`, where `token` is the tier's
+/// [`Simd`](crate::simd::Simd), made where the tier's features are.
 macro_rules! steps {
-    ($(#[$attribute:meta])* $static_name:ident) => {
+    ($(#[$attribute:meta])* $static_name:ident, $token:expr) => {
         pub(crate) static $static_name: $crate::gemm::steps::Steps = {
             use $crate::gemm::steps::*;
             $(#[$attribute])*
@@ -35,11 +36,11 @@ macro_rules! steps {
             }
             $(#[$attribute])*
             fn add_one_tap(args: &AddTap<'_>, sum: &mut [[f32; $crate::gemm::tile::TILE_COLUMNS]]) {
-                add_tap(args, sum)
+                add_tap($token, args, sum)
             }
             $(#[$attribute])*
             fn finish_tile(args: &Finish<'_>) {
-                finish(args)
+                finish($token, args)
             }
             $(#[$attribute])*
             fn claim_rows(target: &Target<'_>, rows: usize) {
@@ -255,12 +256,13 @@ pub(crate) struct AddTap<'a> {
 
 /// `sum[r][n] += scale[r] * (products[r][n] - offset[n])`.
 #[inline(always)]
-pub(crate) fn add_tap(args: &AddTap<'_>, sum: &mut [[f32; TILE_COLUMNS]]) {
+pub(crate) fn add_tap<S: Simd>(s: S, args: &AddTap<'_>, sum: &mut [[f32; TILE_COLUMNS]]) {
     for (r, (sum, products)) in sum.iter_mut().zip(args.products).enumerate() {
-        let scale = args.scale[r * args.scale_step];
-        for n in 0..TILE_COLUMNS {
-            let x = (products[n] - args.offset[n]) as f32 * scale;
-            sum[n] = if args.first { x } else { sum[n] + x };
+        let scale = s.splat(args.scale[r * args.scale_step]);
+        for n in (0..TILE_COLUMNS).step_by(S::LANES) {
+            let x = s.mul(s.difference(&products[n..], &args.offset[n..]), scale);
+            let x = if args.first { x } else { s.add(s.load(&sum[n..]), x) };
+            s.store(x, &mut sum[n..]);
         }
     }
 }
@@ -338,80 +340,165 @@ pub(crate) struct Finish<'a> {
 }
 
 #[inline(always)]
-pub(crate) fn finish(args: &Finish<'_>) {
-    match args.activation {
-        Activation::None => finish_rows(args, |y| y),
-        Activation::Silu => finish_rows(args, |y| lanes(|n| activate::silu(y[n]))),
-        Activation::Gelu => finish_rows(args, |y| lanes(|n| activate::gelu(y[n]))),
-        Activation::GeluTanh => finish_rows(args, |y| lanes(|n| activate::gelu_tanh(y[n]))),
-        Activation::QuickGelu => finish_rows(args, |y| lanes(|n| activate::quick_gelu(y[n]))),
-        Activation::Geglu => finish_rows(args, |mut y| {
-            let (value, gate) = y.split_at_mut(TILE_N);
-            for (value, gate) in value.iter_mut().zip(gate) {
-                *value *= activate::gelu(*gate);
-            }
-            y
-        }),
+pub(crate) fn finish<S: Simd>(s: S, args: &Finish<'_>) {
+    match args.target.out {
+        Out::F32(out) => finish_to(s, args, out, false),
+        Out::Bf16(out) => finish_to(s, args, out, true),
     }
 }
 
 #[inline(always)]
-fn finish_rows(args: &Finish<'_>, activation: impl Fn([f32; TILE_COLUMNS]) -> [f32; TILE_COLUMNS]) {
-    let rows = match args.sums {
-        Sums::Integer { sums, .. } => sums.len(),
-        Sums::Float(sums) => sums.len(),
-    };
-    for r in 0..rows {
-        let mut y = match args.sums {
-            Sums::Integer { sums, offset, scale, scale_step } => {
-                let scale = scale[r * scale_step];
-                lanes(|n| (sums[r][n] - offset[n]) as f32 * scale)
-            }
-            Sums::Float(sums) => sums[r],
-        };
-        for ((y, scale), bias) in y.iter_mut().zip(args.scale).zip(args.bias) {
-            *y = *y * scale + bias;
+fn finish_to<S: Simd, T: Element>(s: S, args: &Finish<'_>, out: &Shared<'_, T>, coarse: bool) {
+    let each = |activation| Each { activation, coarse };
+    match args.activation {
+        Activation::None => finish_rows(s, args, out, Same),
+        Activation::Silu => finish_rows(s, args, out, each(Activation::Silu)),
+        Activation::Gelu => finish_rows(s, args, out, each(Activation::Gelu)),
+        Activation::GeluTanh => finish_rows(s, args, out, each(Activation::GeluTanh)),
+        Activation::QuickGelu => finish_rows(s, args, out, each(Activation::QuickGelu)),
+        Activation::Geglu => finish_rows(s, args, out, Gated { coarse }),
+    }
+}
+
+/// The columns of a row of a tile in vectors, or the first of these places where vectors are long.
+type Columns<F> = [F; TILE_COLUMNS / 4];
+
+/// What happens to a row between bias and residual. (Closures would not always be inlined, and then not be of the tier.)
+trait RowFunction: Copy {
+    fn apply<S: Simd>(self, s: S, y: &mut Columns<S::F>);
+}
+
+#[derive(Clone, Copy)]
+struct Same;
+
+impl RowFunction for Same {
+    #[inline(always)]
+    fn apply<S: Simd>(self, _: S, _: &mut Columns<S::F>) {}
+}
+
+/// An activation, coarse where the result is rounded to bf16.
+#[derive(Clone, Copy)]
+struct Each {
+    activation: Activation,
+    coarse: bool,
+}
+
+impl Each {
+    #[inline(always)]
+    fn of<S: Simd>(self, s: S, y: S::F) -> S::F {
+        if self.coarse { self.activation.apply_coarse(s, y) } else { self.activation.apply(s, y) }
+    }
+}
+
+impl RowFunction for Each {
+    #[inline(always)]
+    fn apply<S: Simd>(self, s: S, y: &mut Columns<S::F>) {
+        for y in &mut y[..TILE_COLUMNS / S::LANES] {
+            *y = self.of(s, *y);
         }
-        let mut y = activation(y);
-        let at = args.target.at(r);
-        let columns = args.target.columns;
-        match args.residual {
-            Some(Rows::F32(rows)) => {
-                for (y, &x) in y.iter_mut().zip(&rows[at..at + columns]) {
-                    *y += x;
-                }
-            }
-            Some(Rows::Bf16(rows)) => {
-                for (y, &x) in y.iter_mut().zip(&rows[at..at + columns]) {
-                    *y += from_bf16(x);
-                }
-            }
-            None => {}
+    }
+}
+
+/// Values and their gates.
+#[derive(Clone, Copy)]
+struct Gated {
+    coarse: bool,
+}
+
+impl RowFunction for Gated {
+    #[inline(always)]
+    fn apply<S: Simd>(self, s: S, y: &mut Columns<S::F>) {
+        let half = TILE_N / S::LANES;
+        for i in 0..half {
+            let gate = Each { activation: Activation::Gelu, coarse: self.coarse }.of(s, y[half + i]);
+            y[i] = s.mul(y[i], gate);
         }
-        match args.target.out {
-            Out::F32(out) => {
-                // SAFETY: this task alone finishes these rows and columns, one row at a time.
-                let out = unsafe { out.slice(at, columns) };
-                if args.accumulate {
-                    y.iter_mut().zip(&*out).for_each(|(y, x)| *y += x);
+    }
+}
+
+#[inline(always)]
+fn columns<S: Simd>(s: S, x: &[f32; TILE_COLUMNS]) -> Columns<S::F> {
+    let mut vectors: Columns<S::F> = [s.splat(0.0); _];
+    for v in 0..TILE_COLUMNS / S::LANES {
+        vectors[v] = s.load(&x[v * S::LANES..]);
+    }
+    vectors
+}
+
+#[inline(always)]
+fn finish_rows<S: Simd, T: Element>(
+    s: S,
+    args: &Finish<'_>,
+    out: &Shared<'_, T>,
+    function: impl RowFunction,
+) {
+    let (scale, bias) = (columns(s, args.scale), columns(s, args.bias));
+    match args.sums {
+        Sums::Integer { sums, offset, scale: row_scale, scale_step } => {
+            for (r, sums) in sums.iter().enumerate() {
+                let row_scale = s.splat(row_scale[r * scale_step]);
+                let mut y: Columns<S::F> = [s.splat(0.0); _];
+                for v in 0..TILE_COLUMNS / S::LANES {
+                    let at = v * S::LANES;
+                    y[v] = s.mul(s.difference(&sums[at..], &offset[at..]), row_scale);
                 }
-                match <&mut [f32; TILE_COLUMNS]>::try_from(&mut *out) {
-                    Ok(out) => *out = y,
-                    Err(_) => out.copy_from_slice(&y[..columns]),
-                }
+                finish_row(s, args, out, function, r, y, &scale, &bias);
             }
-            Out::Bf16(out) => {
-                // SAFETY: as above.
-                let out = unsafe { out.slice(at, columns) };
-                if args.accumulate {
-                    y.iter_mut().zip(&*out).for_each(|(y, &x)| *y += from_bf16(x));
-                }
-                let y: [bf16; TILE_COLUMNS] = lanes(|n| to_bf16(y[n]));
-                match <&mut [bf16; TILE_COLUMNS]>::try_from(&mut *out) {
-                    Ok(out) => *out = y,
-                    Err(_) => out.copy_from_slice(&y[..columns]),
-                }
+        }
+        Sums::Float(sums) => {
+            for (r, sums) in sums.iter().enumerate() {
+                finish_row(s, args, out, function, r, columns(s, sums), &scale, &bias);
             }
+        }
+    }
+}
+
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn finish_row<S: Simd, T: Element>(
+    s: S,
+    args: &Finish<'_>,
+    out: &Shared<'_, T>,
+    function: impl RowFunction,
+    r: usize,
+    mut y: Columns<S::F>,
+    scale: &Columns<S::F>,
+    bias: &Columns<S::F>,
+) {
+    for v in 0..TILE_COLUMNS / S::LANES {
+        y[v] = s.add(s.mul(y[v], scale[v]), bias[v]);
+    }
+    function.apply(s, &mut y);
+    let at = args.target.at(r);
+    let columns = args.target.columns;
+    match args.residual {
+        Some(Rows::F32(rows)) => add_row(s, &mut y, &rows[at..at + columns]),
+        Some(Rows::Bf16(rows)) => add_row(s, &mut y, &rows[at..at + columns]),
+        None => {}
+    }
+    // SAFETY: this task alone finishes these rows and columns, one row at a time.
+    let out = unsafe { out.slice(at, columns) };
+    if args.accumulate {
+        add_row(s, &mut y, out);
+    }
+    for v in 0..TILE_COLUMNS / S::LANES {
+        let at = v * S::LANES;
+        if at + S::LANES <= out.len() {
+            T::store(s, y[v], &mut out[at..at + S::LANES]);
+        } else if at < out.len() {
+            T::store_partial(s, y[v], &mut out[at..]);
+        }
+    }
+}
+
+#[inline(always)]
+fn add_row<S: Simd, T: Element>(s: S, y: &mut Columns<S::F>, x: &[T]) {
+    for v in 0..TILE_COLUMNS / S::LANES {
+        let at = v * S::LANES;
+        if at + S::LANES <= x.len() {
+            y[v] = s.add(y[v], T::load(s, &x[at..at + S::LANES]));
+        } else if at < x.len() {
+            y[v] = s.add(y[v], T::load_partial(s, &x[at..]));
         }
     }
 }
@@ -427,11 +514,6 @@ fn bf16_bits(x: f32) -> u32 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
     if x.is_nan() { bits >> 16 | 0x40 } else { rounded }
-}
-
-#[inline(always)]
-fn to_bf16(x: f32) -> bf16 {
-    bf16::from_bits(bf16_bits(x) as u16)
 }
 
 /// Exact, of selections only: a normal number's bits are moved into place and its exponent corrected; a subnormal's
@@ -457,7 +539,8 @@ mod tests {
             let (a, b) = (f16_to_f32(u32::from(bits)), f16::from_bits(bits).to_f32());
             assert!(a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan(), "{bits:04x}: {a} {b}");
             let x = f32::from_bits(u32::from(bits) << 16 | u32::from(bits.rotate_left(3)));
-            assert!(to_bf16(x) == bf16::from_f32(x) || x.is_nan() && to_bf16(x).is_nan(), "{x}");
+            let rounded = bf16::from_bits(bf16_bits(x) as u16);
+            assert!(rounded == bf16::from_f32(x) || x.is_nan() && rounded.is_nan(), "{x}");
         }
     }
 }

@@ -5,10 +5,10 @@
 //! and check them. Everything on the way is `#[inline(always)]`, so that it ends up compiled for the tier.
 
 #[cfg(target_arch = "aarch64")]
-mod neon;
-mod scalar;
+pub(crate) mod neon;
+pub(crate) mod scalar;
 #[cfg(target_arch = "x86_64")]
-mod x86;
+pub(crate) mod x86;
 
 use crate::{Isa, bf16};
 
@@ -35,6 +35,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn load_partial(self, src: &[f32]) -> Self::F;
     /// Loads `LANES` integers and converts them.
     fn load_i32(self, src: &[i32]) -> Self::F;
+    /// Subtracts the first `LANES` integers of `b` from those of `a`, and converts the differences.
+    fn difference(self, a: &[i32], b: &[i32]) -> Self::F;
     /// Loads and widens `LANES` elements.
     fn load_bf16(self, src: &[bf16]) -> Self::F;
     /// Loads and widens all of `src`, fewer than `LANES` elements.
@@ -162,7 +164,9 @@ pub fn dispatch<O: SimdOp>(isa: Isa, op: O) -> O::Output {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 | Isa::AvxVnni => x86::run_avx2(op),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Vnni | Isa::Amx => x86::run_avx512(op),
+        Isa::Avx512 | Isa::Avx512Vnni => x86::run_avx512(op),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx => x86::run_avx512_bf16(op),
         #[cfg(target_arch = "aarch64")]
         Isa::Neon | Isa::Dotprod | Isa::I8mm => neon::run_neon(op),
         _ => panic!("{isa:?} is not a tier of this architecture"),
@@ -221,6 +225,8 @@ pub(crate) mod tests {
                 get(s.load_i32(&(0..n as i32).collect::<Vec<_>>())),
                 (0..n).map(|i| i as f32).collect::<Vec<_>>()
             );
+            let (a, b): (Vec<i32>, Vec<i32>) = (0..n as i32).map(|i| (1 << 30, (1 << 30) - i)).unzip();
+            assert_eq!(get(s.difference(&a, &b)), (0..n).map(|i| i as f32).collect::<Vec<_>>());
             let each = |got: S::F, f: &dyn Fn(f32) -> f32| {
                 assert_eq!(get(got), src.iter().map(|&x| f(x)).collect::<Vec<_>>());
             };

@@ -7,7 +7,16 @@ use crate::bf16;
 
 /// Four lanes. A value proves NEON.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Neon(());
+pub(crate) struct Neon(());
+
+impl Neon {
+    /// # Safety
+    /// The machine has NEON.
+    #[inline(always)]
+    pub(crate) unsafe fn new() -> Self {
+        Neon(())
+    }
+}
 
 /// Runs `op` on NEON.
 pub(super) fn run_neon<O: SimdOp>(op: O) -> O::Output {
@@ -80,6 +89,11 @@ impl Simd for Neon {
     fn load_i32(self, src: &[i32]) -> float32x4_t {
         let src = &src[..4];
         tier!(vcvtq_f32_s32(vld1q_s32(src.as_ptr())))
+    }
+    #[inline(always)]
+    fn difference(self, a: &[i32], b: &[i32]) -> float32x4_t {
+        let (a, b) = (&a[..4], &b[..4]);
+        tier!(vcvtq_f32_s32(vsubq_s32(vld1q_s32(a.as_ptr()), vld1q_s32(b.as_ptr()))))
     }
     #[inline(always)]
     fn load_bf16(self, src: &[bf16]) -> float32x4_t {

@@ -8,7 +8,7 @@ const N: usize = 4;
 
 /// The tier that every machine has.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Scalar;
+pub(crate) struct Scalar;
 
 #[inline(always)]
 fn map(a: [f32; N], f: impl Fn(f32) -> f32) -> [f32; N] {
@@ -57,6 +57,11 @@ impl Simd for Scalar {
     #[inline(always)]
     fn load_i32(self, src: &[i32]) -> [f32; N] {
         src.first_chunk::<N>().expect("a whole vector").map(|x| x as f32)
+    }
+    #[inline(always)]
+    fn difference(self, a: &[i32], b: &[i32]) -> [f32; N] {
+        let (a, b) = (&a[..N], &b[..N]);
+        [(a[0] - b[0]) as f32, (a[1] - b[1]) as f32, (a[2] - b[2]) as f32, (a[3] - b[3]) as f32]
     }
     #[inline(always)]
     fn load_bf16(self, src: &[bf16]) -> [f32; N] {

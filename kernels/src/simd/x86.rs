@@ -7,11 +7,29 @@ use crate::bf16;
 
 /// Eight lanes. A value proves AVX2 and FMA.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Avx2(());
+pub(crate) struct Avx2(());
 
-/// Sixteen lanes. A value proves AVX-512 F, BW, VL, DQ and AVX2, FMA.
+/// Sixteen lanes. A value proves AVX-512 F, BW, VL, DQ and AVX2, FMA, and AVX-512-BF16 if `BF16`.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Avx512(());
+pub(crate) struct Avx512<const BF16: bool>(());
+
+impl Avx2 {
+    /// # Safety
+    /// The machine has what a value proves.
+    #[inline(always)]
+    pub(crate) unsafe fn new() -> Self {
+        Avx2(())
+    }
+}
+
+impl<const BF16: bool> Avx512<BF16> {
+    /// # Safety
+    /// The machine has what a value proves.
+    #[inline(always)]
+    pub(crate) unsafe fn new() -> Self {
+        Avx512(())
+    }
+}
 
 /// Runs `op` on AVX2.
 pub(super) fn run_avx2<O: SimdOp>(op: O) -> O::Output {
@@ -24,18 +42,33 @@ pub(super) fn run_avx2<O: SimdOp>(op: O) -> O::Output {
     unsafe { enter(op) }
 }
 
+/// What every [`Avx512`] proves.
+fn has_avx512() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("fma")
+}
+
 /// Runs `op` on AVX-512.
 pub(super) fn run_avx512<O: SimdOp>(op: O) -> O::Output {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
     fn enter<O: SimdOp>(op: O) -> O::Output {
-        op.run(Avx512(()))
+        op.run(Avx512::<false>(()))
     }
-    let found = is_x86_feature_detected!("avx512f")
-        && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("avx512vl")
-        && is_x86_feature_detected!("avx512dq")
-        && is_x86_feature_detected!("fma");
-    assert!(found, "no AVX-512 here");
+    assert!(has_avx512(), "no AVX-512 here");
+    // SAFETY: the features were found; AVX2 is part of AVX-512.
+    unsafe { enter(op) }
+}
+
+/// Runs `op` on AVX-512 with AVX-512-BF16.
+pub(super) fn run_avx512_bf16<O: SimdOp>(op: O) -> O::Output {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")]
+    fn enter<O: SimdOp>(op: O) -> O::Output {
+        op.run(Avx512::<true>(()))
+    }
+    assert!(has_avx512() && is_x86_feature_detected!("avx512bf16"), "no AVX-512-BF16 here");
     // SAFETY: the features were found; AVX2 is part of AVX-512.
     unsafe { enter(op) }
 }
@@ -119,6 +152,14 @@ impl Simd for Avx2 {
     fn load_i32(self, src: &[i32]) -> __m256 {
         let src = &src[..8];
         tier!(_mm256_cvtepi32_ps(_mm256_loadu_si256(src.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn difference(self, a: &[i32], b: &[i32]) -> __m256 {
+        let (a, b) = (&a[..8], &b[..8]);
+        tier!({
+            let (a, b) = (_mm256_loadu_si256(a.as_ptr().cast()), _mm256_loadu_si256(b.as_ptr().cast()));
+            _mm256_cvtepi32_ps(_mm256_sub_epi32(a, b))
+        })
     }
     #[inline(always)]
     fn load_bf16(self, src: &[bf16]) -> __m256 {
@@ -291,7 +332,7 @@ impl Simd for Avx2 {
     }
 }
 
-impl Avx512 {
+impl<const BF16: bool> Avx512<BF16> {
     #[inline(always)]
     fn mask(self, len: usize) -> __mmask16 {
         assert!(len <= 16);
@@ -300,6 +341,10 @@ impl Avx512 {
 
     #[inline(always)]
     fn narrow_bf16(self, v: __m512) -> __m256i {
+        if BF16 {
+            // SAFETY: a `__m256bh` is a `__m256i`; the token proves the instruction.
+            return tier!(std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v)));
+        }
         tier!({
             let bits = _mm512_castps_si512(v);
             let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
@@ -319,7 +364,7 @@ impl Avx512 {
     }
 }
 
-impl Simd for Avx512 {
+impl<const BF16: bool> Simd for Avx512<BF16> {
     const LANES: usize = 16;
     const REGISTERS: usize = 32;
     type F = __m512;
@@ -342,6 +387,14 @@ impl Simd for Avx512 {
     fn load_i32(self, src: &[i32]) -> __m512 {
         let src = &src[..16];
         tier!(_mm512_cvtepi32_ps(_mm512_loadu_si512(src.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn difference(self, a: &[i32], b: &[i32]) -> __m512 {
+        let (a, b) = (&a[..16], &b[..16]);
+        tier!({
+            let (a, b) = (_mm512_loadu_si512(a.as_ptr().cast()), _mm512_loadu_si512(b.as_ptr().cast()));
+            _mm512_cvtepi32_ps(_mm512_sub_epi32(a, b))
+        })
     }
     #[inline(always)]
     fn load_bf16(self, src: &[bf16]) -> __m512 {
@@ -387,6 +440,15 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn store_bf16_pairs(self, a: __m512, b: __m512, dst: &mut [bf16]) {
         let dst = &mut dst[..32];
+        if BF16 {
+            // Lane by lane, `b` in the high half.
+            return tier!({
+                let (a, b) = (self.narrow_bf16(a), self.narrow_bf16(b));
+                let (a, b) = (_mm512_cvtepu16_epi32(a), _mm512_cvtepu16_epi32(b));
+                let pairs = _mm512_or_si512(a, _mm512_slli_epi32::<16>(b));
+                _mm512_storeu_si512(dst.as_mut_ptr().cast(), pairs)
+            });
+        }
         tier!({
             let half = _mm512_set1_epi32(0x8000);
             let low = _mm512_srli_epi32::<16>(_mm512_add_epi32(_mm512_castps_si512(a), half));

@@ -7,10 +7,17 @@
 use std::arch::asm;
 use std::cell::Cell;
 
-use super::avx512;
 use crate::Isa;
+use crate::gemm::steps::steps;
 use crate::gemm::table::{GemmKernel, Peak, Types};
 use crate::gemm::tile::{TILE_COLUMNS, TileArgs};
+
+steps!(
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
+    STEPS,
+    // SAFETY: the features of the functions around it, which every processor with AMX has.
+    unsafe { crate::simd::x86::Avx512::<true>::new() }
+);
 
 /// Rows of a tile register.
 const ROWS: usize = 16;
@@ -20,8 +27,8 @@ const ROW_BYTES: usize = 64;
 /// Bytes from row to row of the sums.
 const C_STRIDE: usize = TILE_COLUMNS * 4;
 
-/// Bytes of a chunk's weights: as much again of the rows fits in L1 beside them.
-const PAIR_BYTES: usize = 20 * 1024;
+/// Bytes of a chunk's weights, which stay in L1 but for the longest rows: rows pass by it (the hint of `tileloaddt1`).
+const PAIR_BYTES: usize = 40 * 1024;
 
 /// Bytes of a block of rows: every core with AMX has an L2 of 2 MiB, and the weights are best read once.
 const BLOCK_BYTES: usize = 1200 * 1024;
@@ -133,30 +140,30 @@ macro_rules! tile_function {
                         zero: ["tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3"],
                         load: ["tileloadd tmm0, [{c0} + {c_stride}]" "tileloadd tmm1, [{c0} + {c_stride} + 64]"
                                "tileloadd tmm2, [{c1} + {c_stride}]" "tileloadd tmm3, [{c1} + {c_stride} + 64]"],
-                        step: ["tileloadd tmm6, [{b0} + {b_stride}]", "tileloadd tmm4, [{a0} + {a_stride}]",
+                        step: ["tileloadd tmm6, [{b0} + {b_stride}]", "tileloaddt1 tmm4, [{a0} + {a_stride}]",
                                concat!($op, " tmm0, tmm4, tmm6"), "tileloadd tmm7, [{b1} + {b_stride}]",
-                               concat!($op, " tmm1, tmm4, tmm7"), "tileloadd tmm5, [{a1} + {a_stride}]",
+                               concat!($op, " tmm1, tmm4, tmm7"), "tileloaddt1 tmm5, [{a1} + {a_stride}]",
                                concat!($op, " tmm2, tmm5, tmm6"), concat!($op, " tmm3, tmm5, tmm7")],
                         store: ["tilestored [{c0} + {c_stride}], tmm0" "tilestored [{c0} + {c_stride} + 64], tmm1"
                                 "tilestored [{c1} + {c_stride}], tmm2" "tilestored [{c1} + {c_stride} + 64], tmm3"]),
                     (true, _) => block!(t, steps,
                         zero: ["tilezero tmm0" "tilezero tmm2"],
                         load: ["tileloadd tmm0, [{c0} + {c_stride}]" "tileloadd tmm2, [{c1} + {c_stride}]"],
-                        step: ["tileloadd tmm6, [{b0} + {b_stride}]", "tileloadd tmm4, [{a0} + {a_stride}]",
-                               concat!($op, " tmm0, tmm4, tmm6"), "tileloadd tmm5, [{a1} + {a_stride}]",
+                        step: ["tileloadd tmm6, [{b0} + {b_stride}]", "tileloaddt1 tmm4, [{a0} + {a_stride}]",
+                               concat!($op, " tmm0, tmm4, tmm6"), "tileloaddt1 tmm5, [{a1} + {a_stride}]",
                                concat!($op, " tmm2, tmm5, tmm6")],
                         store: ["tilestored [{c0} + {c_stride}], tmm0" "tilestored [{c1} + {c_stride}], tmm2"]),
                     (false, 2) => block!(t, steps,
                         zero: ["tilezero tmm0" "tilezero tmm1"],
                         load: ["tileloadd tmm0, [{c0} + {c_stride}]" "tileloadd tmm1, [{c0} + {c_stride} + 64]"],
-                        step: ["tileloadd tmm4, [{a0} + {a_stride}]", "tileloadd tmm6, [{b0} + {b_stride}]",
+                        step: ["tileloaddt1 tmm4, [{a0} + {a_stride}]", "tileloadd tmm6, [{b0} + {b_stride}]",
                                concat!($op, " tmm0, tmm4, tmm6"), "tileloadd tmm7, [{b1} + {b_stride}]",
                                concat!($op, " tmm1, tmm4, tmm7")],
                         store: ["tilestored [{c0} + {c_stride}], tmm0" "tilestored [{c0} + {c_stride} + 64], tmm1"]),
                     (false, _) => block!(t, steps,
                         zero: ["tilezero tmm0"],
                         load: ["tileloadd tmm0, [{c0} + {c_stride}]"],
-                        step: ["tileloadd tmm4, [{a0} + {a_stride}]", "tileloadd tmm6, [{b0} + {b_stride}]",
+                        step: ["tileloaddt1 tmm4, [{a0} + {a_stride}]", "tileloadd tmm6, [{b0} + {b_stride}]",
                                concat!($op, " tmm0, tmm4, tmm6")],
                         store: ["tilestored [{c0} + {c_stride}], tmm0"]),
                 }
@@ -218,7 +225,7 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     block_bytes: BLOCK_BYTES,
     tile: gemm_u8s8_32x32_amx,
     peak: Peak { run: peak_u8s8, ops: peak_ops(1) },
-    steps: &avx512::STEPS,
+    steps: &STEPS,
     leave: release,
 };
 
@@ -233,6 +240,6 @@ pub(crate) static GEMM_BF16: GemmKernel = GemmKernel {
     block_bytes: BLOCK_BYTES,
     tile: gemm_bf16_32x32_amx,
     peak: Peak { run: peak_bf16, ops: peak_ops(2) },
-    steps: &avx512::STEPS,
+    steps: &STEPS,
     leave: release,
 };

@@ -11,7 +11,9 @@ use crate::gemm::tile::{Lanes, broadcast_kernel};
 
 steps!(
     #[target_feature(enable = "avx2,fma,f16c")]
-    STEPS
+    STEPS,
+    // SAFETY: the features of the functions around it.
+    unsafe { crate::simd::x86::Avx2::new() }
 );
 
 /// 8 i32 sums of i16 by i16.

@@ -8,7 +8,9 @@ use crate::gemm::tile::{Lanes, broadcast_kernel};
 
 steps!(
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
-    STEPS
+    STEPS,
+    // SAFETY: the features of the functions around it.
+    unsafe { crate::simd::x86::Avx512::<false>::new() }
 );
 
 /// 16 i32 sums of i16 by i16.
