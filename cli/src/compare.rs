@@ -55,7 +55,6 @@ pub(crate) fn run(arguments: &Compare) -> Result<()> {
     let width = requests[0].width;
     let mut runs = vec![];
     for request in &requests {
-        request.validate(reference.card())?;
         runs.push(trajectory::run(&reference, request, None)?);
         progress.at(runs.len() as u64, all, &format!("reference {} of {}", runs.len(), requests.len()));
     }
@@ -111,6 +110,7 @@ fn requests(arguments: &Compare) -> Result<Vec<Request>> {
             request.width = arguments.width.unwrap_or(request.width);
             request.height = arguments.height.unwrap_or(request.height);
             request.sampler = arguments.sampler.clone().unwrap_or(request.sampler);
+            request.validate(file.card())?;
             requests.push(request);
         }
     }

@@ -117,9 +117,8 @@ pub fn convert(options: &Options, progress: &(dyn Fn(Progress<'_>) + Sync)) -> R
     let parts: Vec<_> = parts
         .into_iter()
         .map(|(part, specs)| {
-            let with =
-                specs.into_iter().map(|spec| (policy.encoding(part, &spec), spec)).map(|(e, s)| (s, e));
-            (part, with.collect::<Vec<_>>())
+            let encodings = policy.encodings(part, &specs);
+            (part, specs.into_iter().zip(encodings).collect::<Vec<_>>())
         })
         .collect();
     let tokenizer = tokenizer::choose(sources.model.tokenizer.as_ref());

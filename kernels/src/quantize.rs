@@ -444,6 +444,28 @@ mod tests {
         }
     }
 
+    fn relative_error(encoding: Encoding, shape: WeightShape, src: &[f32]) -> f64 {
+        let mut bytes = vec![0; shape.bytes(encoding)];
+        encode(encoding, shape, src, &mut bytes);
+        let square = |x: f32| f64::from(x).powi(2);
+        let error: f64 = src.iter().zip(decode(encoding, shape, &bytes)).map(|(a, b)| square(a - b)).sum();
+        (error / src.iter().map(|&x| square(x)).sum::<f64>()).sqrt()
+    }
+
+    #[test]
+    fn wide_outputs_cost_the_others_nothing() {
+        let shape = WeightShape::linear(320, 320);
+        let plain = source(shape);
+        let mut planted = plain.clone();
+        for n in [3, 70, 150, 299] {
+            planted[n * shape.k..][..shape.k].iter_mut().for_each(|x| *x *= 30.0);
+        }
+        for encoding in [Encoding::Q8, Encoding::Q4] {
+            let [plain, planted] = [&plain, &planted].map(|src| relative_error(encoding, shape, src));
+            assert!(planted < 1.1 * plain, "{encoding:?}: {plain} became {planted}");
+        }
+    }
+
     #[test]
     fn sums_are_those_of_the_codes() {
         for encoding in [Encoding::Q8, Encoding::Q4] {

@@ -113,8 +113,6 @@ pub enum Role {
     TimeShift,
     /// Queries, keys and values of self attention.
     SelfQkv,
-    /// Values of self attention in the denoiser.
-    SelfV,
     /// Queries of cross attention.
     CrossQ,
     /// Keys and values of cross attention.

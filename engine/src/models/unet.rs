@@ -170,7 +170,7 @@ impl Blocks<'_> {
         let x = b.within("attn1", |b| {
             let q = b.linear(y, "to_q", c, Role::SelfQkv).no_bias().build();
             let k = b.linear(y, "to_k", c, Role::SelfQkv).no_bias().build();
-            let v = b.linear(y, "to_v", c, Role::SelfV).no_bias().build();
+            let v = b.linear(y, "to_v", c, Role::SelfQkv).no_bias().build();
             let y = b.attention(q, k, v, heads, false);
             b.linear(y, "to_out.0", c, Role::AttentionOut).residual(x).build()
         });
