@@ -198,19 +198,11 @@ fn fit(
             .flat_map(|network| [options, options.small_bands()].map(|options| (network, options)))
         {
             let encodings = encodings(network.weights())?;
-            let plan = Plan::new(network, &encodings, options);
-            let window = window(&plan, |_| true);
-            let arena_room = room.saturating_sub(window);
-            let plan = match plan.arena_bytes(*banks) as u64 <= arena_room {
-                true => Ok(plan),
-                false if remake && picture => {
-                    Plan::fitting(network, &encodings, options, arena_room as usize, *banks)
-                }
-                false => Err(plan.arena_bytes(*banks)),
-            };
-            match plan {
+            // Steps that make values again read more weights, so a smaller arena may need more.
+            let needs = |plan: &Plan| plan.arena_bytes(*banks) as u64 + window(plan, |_| true);
+            match Plan::fitting(network, &encodings, options, room, remake && picture, needs) {
                 Ok(plan) => return Ok(Ok(pin(part, plan, *banks, room))),
-                Err(least) => smallest = smallest.min(least as u64 + window),
+                Err(least) => smallest = smallest.min(least),
             }
         }
     }

@@ -11,7 +11,9 @@ use crate::simd::dispatch;
 use crate::view::{ImageShape, OperandMut, Rows, RowsMut};
 use crate::{Isa, Workers};
 use rows::Chunk;
-pub use stats::{group_finish, group_stats, group_sums, sums_len, sums_rows};
+pub use stats::{
+    STATS, group_codings, group_finish, group_stats, group_sums, range_codings, sums_len, sums_rows,
+};
 
 /// What a pass reads: the columns of up to two tensors side by side (a concatenation that is never materialized).
 #[derive(Clone, Copy, Debug)]
@@ -44,7 +46,7 @@ pub enum Norm<'a> {
     None,
     /// `(x - mean[b, g]) * rstd[b, g] * gamma[c] + beta[c]`.
     Group {
-        /// `[batch, groups, 2]`: mean and reciprocal standard deviation, from [`group_stats`].
+        /// `[batch, groups, STATS]`, from [`group_stats`].
         stats: &'a [f32],
         /// Number of groups.
         groups: usize,
@@ -71,7 +73,8 @@ pub const MAX_COLUMNS: usize = SCRATCH_BYTES / 4 / rows::SCRATCH_ROWS;
 const TASK_ELEMENTS: usize = 32 * 1024;
 
 /// Writes `activation(norm(source))` as the operand rows of a GEMM, `stride` elements each, with the border of `image`
-/// and the slack of each row zero. `U8` rows get a scale each: the row's largest magnitude / 127.
+/// and the slack of each row zero. `U8` rows get a scale each, the row's largest magnitude / 127; `U8Uniform` rows have the
+/// coding of their image.
 ///
 /// # Panics
 /// Where shapes don't agree, or for [`Activation::Geglu`].
@@ -160,7 +163,12 @@ impl Walk<'_> {
                     groups > 0 && columns.is_multiple_of(groups),
                     "{columns} channels in {groups} groups"
                 );
-                assert_eq!(stats.len(), image.batch * groups * 2, "statistics of {} x {groups}", image.batch);
+                assert_eq!(
+                    stats.len(),
+                    image.batch * groups * STATS,
+                    "statistics of {} x {groups}",
+                    image.batch
+                );
                 assert_eq!(
                     (gamma.len(), beta.len()),
                     (columns, columns),
@@ -180,8 +188,8 @@ impl Walk<'_> {
                 assert_eq!(scale.len(), rows, "scales of {rows} rows");
                 codes.len()
             }
-            OperandMut::U8Uniform { codes, scale } => {
-                assert!(*scale > 0.0, "a scale of {scale}");
+            OperandMut::U8Uniform { codes, images } => {
+                assert_eq!(images.len(), image.batch, "codings of {} images", image.batch);
                 codes.len()
             }
             OperandMut::Bf16(out) => out.len(),
@@ -207,13 +215,13 @@ impl Walk<'_> {
                     task(t, scratch, OperandMut::U8 { codes, scale });
                 });
             }
-            OperandMut::U8Uniform { codes, scale } => {
+            OperandMut::U8Uniform { codes, images } => {
                 let codes = Shared::new(codes);
                 workers.for_each(tasks, |t, scratch| {
                     let (first, n) = part(t);
                     // SAFETY: each task has its own rows.
                     let codes = unsafe { codes.slice(first * self.stride, n * self.stride) };
-                    task(t, scratch, OperandMut::U8Uniform { codes, scale });
+                    task(t, scratch, OperandMut::U8Uniform { codes, images });
                 });
             }
             OperandMut::Bf16(out) => {

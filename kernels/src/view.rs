@@ -68,13 +68,40 @@ pub enum Operand<'a> {
     U8 {
         /// `[rows, stride]`.
         codes: &'a [u8],
-        /// `[rows]`, or `[1]`: one scale for all rows.
+        /// `[rows]`.
         scale: &'a [f32],
+    },
+    /// 8-bit rows with one scale for each image: what all taps of a convolution meet can be summed as integers.
+    U8Uniform {
+        /// `[rows, stride]`; on the border the codes of zero.
+        codes: &'a [u8],
+        /// `[batch]`.
+        images: &'a [Coding],
     },
     /// bfloat16 rows `[rows, stride]`.
     Bf16(&'a [bf16]),
     /// f32 rows `[rows, stride]`.
     F32(&'a [f32]),
+}
+
+/// What the codes of an image mean: an element is `(code - zero) * scale`, codes 1 to 255.
+#[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub struct Coding {
+    /// From code to code.
+    pub scale: f32,
+    /// The code of zero, 1 to 255.
+    pub zero: i32,
+}
+
+impl Operand<'_> {
+    /// The codes of 8-bit rows.
+    pub(crate) fn codes(&self) -> Option<&[u8]> {
+        match self {
+            Operand::U8 { codes, .. } | Operand::U8Uniform { codes, .. } => Some(codes),
+            Operand::Bf16(_) | Operand::F32(_) => None,
+        }
+    }
 }
 
 /// An operand to be written by a pass.
@@ -87,12 +114,13 @@ pub enum OperandMut<'a> {
         /// `[rows]`.
         scale: &'a mut [f32],
     },
-    /// See [`Operand::U8`]: codes to a scale that the caller gives. Larger magnitudes than `127 * scale` saturate.
+    /// See [`Operand::U8Uniform`]: codings that the caller gives ([`group_codings`](crate::pass::group_codings)). What lies beyond
+    /// them saturates.
     U8Uniform {
         /// `[rows, stride]`.
         codes: &'a mut [u8],
-        /// Of all rows.
-        scale: f32,
+        /// `[batch]`.
+        images: &'a [Coding],
     },
     /// See [`Operand::Bf16`].
     Bf16(&'a mut [bf16]),

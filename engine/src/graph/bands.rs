@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use kernels::gemm::{Activation, Filter};
-use kernels::view::{Border, ImageShape};
+use kernels::view::{Border, Coding, ImageShape};
 
 use super::builder::Dims;
 use super::plan::Plan;
@@ -217,7 +217,7 @@ impl Bands {
         let (kind, bytes) = match op {
             BandOp::Pass { source: s, input, norm, out, .. } => {
                 let kind = match norm {
-                    NormSpec::None => "convert",
+                    NormSpec::None | NormSpec::Range { .. } => "convert",
                     NormSpec::Group { .. } => "group norm",
                     NormSpec::Layer { .. } => "layer norm",
                 };
@@ -249,7 +249,8 @@ impl Bands {
                 if let BandOp::Pass { out, .. } = op {
                     let rows = extent.operand.operand_rows();
                     size(out.buf, rows * out.stride * out.kind.bytes());
-                    out.scale.into_iter().for_each(|scale| size(scale, rows * 4));
+                    let scales = if out.uniform { band.images * size_of::<Coding>() } else { rows * 4 };
+                    out.scale.into_iter().for_each(|scale| size(scale, scales));
                 }
             }
         }
@@ -278,7 +279,7 @@ mod tests {
     }
 
     fn layer(at: Buf, x: RowsBuf, input: Dims, filter: Filter, border: Border, out: RowsBuf) -> [BandOp; 2] {
-        let operand = OperandBuf { buf: at, scale: None, kind: OperandKind::F32, stride: 64 };
+        let operand = OperandBuf { buf: at, scale: None, uniform: false, kind: OperandKind::F32, stride: 64 };
         let (norm, activation) = (NormSpec::None, Activation::None);
         let (bias, image_bias, residual) = (None, None, ResidualSpec::None);
         [

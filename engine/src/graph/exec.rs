@@ -6,8 +6,11 @@ use std::time::Instant;
 use kernels::attention::{Attention, Mask, attention};
 use kernels::gemm::{Epilogue, Filter, Gemm, gemm, gemm_rows};
 use kernels::layout::Weight;
-use kernels::pass::{Norm, Source, group_finish, group_stats, group_sums, operand_pass, rows_pass, sums_len};
-use kernels::view::{Border, ImageShape, Operand, OperandMut, Rows, RowsMut};
+use kernels::pass::{
+    Norm, STATS, Source, group_codings, group_finish, group_stats, group_sums, operand_pass, range_codings,
+    rows_pass, sums_len,
+};
+use kernels::view::{Border, Coding, ImageShape, Operand, OperandMut, Rows, RowsMut};
 use kernels::{Isa, Workers, bf16, f16};
 
 use super::arena::Arena;
@@ -189,11 +192,16 @@ impl<'a> Session<'a> {
         Source { parts: s.map(|r| r.map(|r| (self.rows(r, bank, at.clone()), r.c))) }
     }
 
-    fn operand(&self, o: OperandBuf, bank: usize, rows: usize) -> Operand<'_> {
+    fn operand(&self, o: OperandBuf, bank: usize, image: &ImageShape) -> Operand<'_> {
+        let rows = image.operand_rows();
         let len = rows * o.stride;
         match (o.kind, o.scale) {
             (OperandKind::U8, Some(scale)) => {
-                Operand::U8 { codes: &self.read(o.buf, bank)[..len], scale: &self.read(scale, bank)[..rows] }
+                let codes = &self.read(o.buf, bank)[..len];
+                match o.uniform {
+                    true => Operand::U8Uniform { codes, images: &self.read(scale, bank)[..image.batch] },
+                    false => Operand::U8 { codes, scale: &self.read(scale, bank)[..rows] },
+                }
             }
             (OperandKind::U8, None) => unreachable!("8-bit rows have scales"),
             (OperandKind::Bf16, _) => Operand::Bf16(&self.read(o.buf, bank)[..len]),
@@ -201,9 +209,22 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn operand_mut(&self, o: OperandBuf, bank: usize, rows: usize) -> OperandMut<'_> {
+    /// Where a pass writes; `codings` makes those of images, where these have them.
+    fn operand_mut(
+        &self,
+        o: OperandBuf,
+        bank: usize,
+        image: &ImageShape,
+        codings: impl FnOnce(&mut [Coding]),
+    ) -> OperandMut<'_> {
+        let rows = image.operand_rows();
         let len = rows * o.stride;
         match (o.kind, o.scale) {
+            (OperandKind::U8, Some(scale)) if o.uniform => {
+                let images = &mut self.write(scale, bank)[..image.batch];
+                codings(images);
+                OperandMut::U8Uniform { codes: &mut self.write(o.buf, bank)[..len], images }
+            }
             (OperandKind::U8, Some(scale)) => OperandMut::U8 {
                 codes: &mut self.write(o.buf, bank)[..len],
                 scale: &mut self.write(scale, bank)[..rows],
@@ -217,9 +238,9 @@ impl<'a> Session<'a> {
     /// The norm for images `images`.
     fn norm(&self, norm: NormSpec, bank: usize, images: Range<usize>) -> Norm<'_> {
         match norm {
-            NormSpec::None => Norm::None,
+            NormSpec::None | NormSpec::Range { .. } => Norm::None,
             NormSpec::Group { stats, groups, gamma, beta } => Norm::Group {
-                stats: &self.read(stats, bank)[images.start * groups * 2..images.end * groups * 2],
+                stats: &self.read(stats, bank)[images.start * groups * STATS..images.end * groups * STATS],
                 groups,
                 gamma: self.vector(gamma),
                 beta: self.vector(beta),
@@ -250,8 +271,17 @@ impl<'a> Session<'a> {
                 BandOp::Pass { source, input, norm, activation, out, .. } => {
                     let part = |r: RowsBuf| (self.rows(r, bank, pixels(r, input, rows)), r.c);
                     let source = Source { parts: source.map(|r| r.map(part)) };
+                    let ranges = match norm {
+                        NormSpec::Range { stats } => {
+                            &self.read(stats, bank)[images.start * STATS..images.end * STATS]
+                        }
+                        _ => &[],
+                    };
                     let norm = self.norm(norm, bank, images.clone());
-                    let operand = self.operand_mut(out, bank, shape.operand_rows());
+                    let operand = self.operand_mut(out, bank, shape, |images| match norm {
+                        Norm::Group { .. } => group_codings(norm, activation, images),
+                        _ => range_codings(ranges, images),
+                    });
                     operand_pass(workers, isa, source, *shape, norm, activation, operand, out.stride);
                 }
                 BandOp::Gemm { operand, weight, bias, image_bias, activation, residual, out } => {
@@ -275,7 +305,7 @@ impl<'a> Session<'a> {
                         see(&self.plan.weights()[weight].name, rows, operand.stride);
                     }
                     let call = Gemm {
-                        operand: self.operand(operand, bank, shape.operand_rows()),
+                        operand: self.operand(operand, bank, shape),
                         input: *shape,
                         filter,
                         weight: Weight::new(encoding, weight_shape, self.weights[weight]),

@@ -7,7 +7,7 @@ use kernels::Isa;
 use kernels::attention::{self, AttentionShape, Products};
 use kernels::gemm::{Activation, Filter};
 use kernels::layout::{Encoding, TILE_K, WeightShape};
-use kernels::pass::{sums_len, sums_rows};
+use kernels::pass::{STATS, sums_len, sums_rows};
 use kernels::view::{Border, ImageShape};
 
 use super::analysis::{last_uses, stream_values};
@@ -191,6 +191,24 @@ impl Lowering<'_> {
         (self.source(x), norm, activation, weights)
     }
 
+    /// What is known of the numbers of `x`, which a pass with `norm` and `activation` writes as an operand for `filter`: the
+    /// range too, where a large convolution of 8-bit rows would not get a common scale otherwise.
+    fn with_range(
+        &mut self,
+        x: Tensor,
+        norm: NormSpec,
+        activation: Activation,
+        kind: OperandKind,
+        filter: Filter,
+    ) -> NormSpec {
+        let bare = matches!(norm, NormSpec::None) && activation == Activation::None;
+        if bare && kind == OperandKind::U8 && filter.upsample {
+            NormSpec::Range { stats: self.group_stats(x, x, 1, 1.0) }
+        } else {
+            norm
+        }
+    }
+
     /// As `pass_into`, with the value that the pass reads in place of its rows.
     fn pass_of(&mut self, t: Tensor) -> (Tensor, NormSpec, Activation, Vec<usize>) {
         match self.network.nodes[t.0] {
@@ -212,7 +230,7 @@ impl Lowering<'_> {
             return stats;
         }
         let image = self.image(x);
-        let stats = self.buffer(image.batch * groups * 2 * 4);
+        let stats = self.buffer(image.batch * groups * STATS * 4);
         let sums = self.buffer(sums_len(&image, groups) * 8);
         if self.parts(x).iter().any(|p| self.remade.contains(p)) {
             let dims = self.network.values[x.0].dims;
@@ -272,6 +290,7 @@ impl Lowering<'_> {
         };
         let kind = self.operand_kind(weight);
         let (from, norm, pass_activation, weights) = self.pass_of(x);
+        let norm = self.with_range(x, norm, pass_activation, kind, filter);
         let input = if chain.flat { dims } else { self.network.values[x.0].dims };
         let source = self.chain_source(chain, from, input);
         let image_bias = image_bias.map(|t| self.rows_of(t).buf);
@@ -279,7 +298,7 @@ impl Lowering<'_> {
             Some(r) => ResidualSpec::Rows(self.chain_rows(chain, r, dims)),
             None => ResidualSpec::None,
         };
-        let operand = self.new_operand(kind, self.network.values[x.0].c);
+        let operand = self.new_operand(kind, self.network.values[x.0].c, filter, norm);
         let pass =
             BandOp::Pass { source, input, filter, border, norm, activation: pass_activation, out: operand };
         let gemm = BandOp::Gemm { operand, weight, bias, image_bias, activation, residual, out };
@@ -312,9 +331,13 @@ impl Lowering<'_> {
         weights.iter().map(bytes).sum()
     }
 
-    fn new_operand(&mut self, kind: OperandKind, c: usize) -> OperandBuf {
+    /// An operand of `c` columns for `filter`, from a pass with `norm`.
+    fn new_operand(&mut self, kind: OperandKind, c: usize, filter: Filter, norm: NormSpec) -> OperandBuf {
         let scale = (kind == OperandKind::U8).then(|| self.buffer(0));
-        OperandBuf { buf: self.buffer(0), scale, kind, stride: c.next_multiple_of(TILE_K) }
+        let uniform = scale.is_some()
+            && filter != Filter::POINT
+            && matches!(norm, NormSpec::Group { .. } | NormSpec::Range { .. });
+        OperandBuf { buf: self.buffer(0), scale, uniform, kind, stride: c.next_multiple_of(TILE_K) }
     }
 
     /// Node `i`, at place `at` of the execution order.
@@ -415,7 +438,11 @@ impl Lowering<'_> {
                 None => self.pass_into(x),
             };
             weights = w;
-            let out = self.new_operand(kind, self.network.values[x.0].c);
+            let norm = match joins {
+                Some(_) => norm,
+                None => self.with_range(x, norm, activation, kind, filter),
+            };
+            let out = self.new_operand(kind, self.network.values[x.0].c, filter, norm);
             ops.push(BandOp::Pass { source, input, filter, border, norm, activation, out });
             out
         };

@@ -42,24 +42,26 @@ impl Plan {
         Plan::remaking(network, encodings, options, &[])
     }
 
-    /// As [`Plan::new`], in an arena of at most `bytes` with `banks`, if that can be: values are made again by each of their
-    /// readers, band by band, in place of being kept as a whole, as few and as small as it takes. The result is the same.
-    /// Otherwise the bytes of the smallest arena.
+    /// As [`Plan::new`], where what it `needs` is at most `room`; otherwise the least that any of these plans needs. With
+    /// `remake`, values are made again by each of their readers, band by band, in place of being kept as a whole, as few and
+    /// as small as it takes. The result is the same.
     pub fn fitting(
         network: &Network,
         encodings: &[Option<Encoding>],
         options: Options,
-        bytes: usize,
-        banks: usize,
-    ) -> Result<Plan, usize> {
-        let (mut remade, mut least) = (vec![], usize::MAX);
+        room: u64,
+        remake: bool,
+        needs: impl Fn(&Plan) -> u64,
+    ) -> Result<Plan, u64> {
+        let (mut remade, mut least) = (vec![], u64::MAX);
         loop {
             let plan = Plan::remaking(network, encodings, options, &remade);
-            least = least.min(plan.arena_bytes(banks));
-            if least <= bytes {
+            let needed = needs(&plan);
+            if needed <= room {
                 return Ok(plan);
             }
-            remade.push(plan.largest_at_peak(network).ok_or(least)?);
+            least = least.min(needed);
+            remade.push(plan.largest_at_peak(network).filter(|_| remake).ok_or(least)?);
         }
     }
 

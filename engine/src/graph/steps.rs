@@ -67,8 +67,11 @@ impl OperandKind {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct OperandBuf {
     pub(super) buf: Buf,
-    /// Scales of the rows, for `U8`.
+    /// For `U8`: scales of the rows, or codings of the images.
     pub(super) scale: Option<Buf>,
+    /// Whether there is a coding for each image, from statistics: then the products of all taps are
+    /// summed as integers.
+    pub(super) uniform: bool,
     pub(super) kind: OperandKind,
     pub(super) stride: usize,
 }
@@ -80,8 +83,21 @@ pub(super) type SourceBufs = [Option<RowsBuf>; 2];
 #[derive(Clone, Copy, Debug)]
 pub(super) enum NormSpec {
     None,
-    Group { stats: Buf, groups: usize, gamma: usize, beta: usize },
-    Layer { gamma: usize, beta: usize, eps: f32 },
+    /// Not at all, but the range of the numbers is known: statistics of a single group.
+    Range {
+        stats: Buf,
+    },
+    Group {
+        stats: Buf,
+        groups: usize,
+        gamma: usize,
+        beta: usize,
+    },
+    Layer {
+        gamma: usize,
+        beta: usize,
+        eps: f32,
+    },
 }
 
 /// Where the residual of a GEMM comes from.
@@ -217,7 +233,7 @@ impl Op {
     pub(super) fn buffers(&self) -> (Vec<Buf>, Vec<Buf>) {
         let source = |s: &SourceBufs| s.iter().flatten().map(|r| r.buf).collect::<Vec<_>>();
         let norm = |n: &NormSpec| match n {
-            NormSpec::Group { stats, .. } => Some(*stats),
+            NormSpec::Group { stats, .. } | NormSpec::Range { stats } => Some(*stats),
             _ => None,
         };
         let (mut reads, mut writes) = (vec![], vec![]);

@@ -10,8 +10,8 @@ use crate::simd::{Element, MAX_LANES, Simd, SimdOp};
 use crate::view::Rows;
 
 use super::AttentionShape;
-use super::head::{KvHead, QueryHead, Write, load_square};
-use super::softmax::Softmax;
+use super::head::{KvHead, LEAST, QueryHead, Write, load_square};
+use super::softmax::{HEADROOM, Softmax};
 use super::tiles::{GROUPS, Operands, ROWS, SUMS, TILE, Tiles, WIDTH};
 
 /// Queries that are multiplied at a time.
@@ -195,8 +195,17 @@ impl<W: Write> SimdOp for Block<'_, W> {
                     acc: &mut acc[g * vt * SUMS..(g + 1) * vt * SUMS],
                     n: ROWS,
                 };
-                softmax.raise(s, scores, factor, 0);
-                exponentials(s, scores, factor, softmax.most, softmax.sum, p);
+                // Scores seldom rise above the earlier ones by much, so it is seen afterwards whether they did.
+                let mut high = s.splat(f32::INFINITY);
+                let mut new_sum = s.splat(0.0);
+                if first_key > 0 {
+                    (new_sum, high) = exponentials(s, scores, factor, softmax.most, p);
+                }
+                if s.any_lt(s.splat(HEADROOM), high) {
+                    softmax.raise(s, scores, factor, 0);
+                    (new_sum, _) = exponentials(s, scores, factor, softmax.most, p);
+                }
+                s.store(s.add(s.load(softmax.sum), new_sum), softmax.sum);
             }
             let (acc, v) = (&mut acc[team * vt * SUMS..], &v[first_key / WIDTH * vt * TILE..]);
             for i in (0..vt).step_by(2) {
@@ -224,25 +233,31 @@ fn pack_q<S: Simd>(s: S, head: &QueryHead<'_>, first: usize, out: &mut [bf16]) {
     }
 }
 
-/// Exponentials of scores `[keys, 16]` as rows of B tiles: keys in pairs, zeros behind the last.
+/// Exponentials of scores `[keys, 16]` as rows of B tiles: keys in pairs, zeros behind the last. Returns their sum and the
+/// greatest power of two.
 #[inline(always)]
-fn exponentials<S: Simd>(s: S, scores: &[f32], factor: f32, most: &[f32], sum: &mut [f32], p: &mut [bf16]) {
+fn exponentials<S: Simd>(s: S, scores: &[f32], factor: f32, most: &[f32], p: &mut [bf16]) -> (S::F, S::F) {
     let (factor, minus) = (s.splat(factor), s.sub(s.splat(0.0), s.load(most)));
-    let mut sums = [s.load(sum), s.splat(0.0)];
+    let mut sums = [s.splat(0.0); 2];
+    let mut high = [s.splat(LEAST); 2];
     let mut pairs = scores.chunks_exact(2 * ROWS);
     let mut rows = p.chunks_exact_mut(WIDTH);
     for (pair, out) in (&mut pairs).zip(&mut rows) {
-        let a = math::exp2_coarse(s, s.fma(s.load(pair), factor, minus));
-        let b = math::exp2_coarse(s, s.fma(s.load(&pair[ROWS..]), factor, minus));
+        let a = s.fma(s.load(pair), factor, minus);
+        let b = s.fma(s.load(&pair[ROWS..]), factor, minus);
+        high = [s.max(a, high[0]), s.max(b, high[1])];
+        let (a, b) = (math::exp2_coarse(s, a), math::exp2_coarse(s, b));
         sums = [s.add(sums[0], a), s.add(sums[1], b)];
         s.store_bf16_pairs(a, b, out);
     }
     let (odd, mut rows) = (pairs.remainder(), p.chunks_exact_mut(WIDTH).skip(scores.len() / (2 * ROWS)));
     if !odd.is_empty() {
-        let a = math::exp2_coarse(s, s.fma(s.load(odd), factor, minus));
+        let a = s.fma(s.load(odd), factor, minus);
+        high[0] = s.max(a, high[0]);
+        let a = math::exp2_coarse(s, a);
         sums[0] = s.add(sums[0], a);
         s.store_bf16_pairs(a, s.splat(0.0), rows.next().expect("a row for each pair"));
     }
     rows.for_each(|row| row.fill(bf16::ZERO));
-    s.store(s.add(sums[0], sums[1]), sum);
+    (s.add(sums[0], sums[1]), s.max(high[0], high[1]))
 }

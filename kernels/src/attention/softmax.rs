@@ -8,7 +8,7 @@ use super::head::LEAST;
 
 /// How far (in powers of two) a score may lie above the running maximum before the maximum moves. Exponentials stay far
 /// from overflow, and what was added up so far is rescaled rarely.
-const HEADROOM: f32 = 8.0;
+pub(super) const HEADROOM: f32 = 8.0;
 
 /// The state of `n` queries.
 pub(super) struct Softmax<'a> {

@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::geometry::{Geometry, RowTile};
 use super::steps::{AddTap, Finish, Out, Sums, Target, Unpack, Widen};
 use super::table::{GemmKernel, Types};
-use super::tile::{TILE_COLUMNS, TileArgs};
+use super::tile::{MAX_TAPS, TILE_COLUMNS, TileArgs};
 use super::{Activation, Epilogue, Gemm};
 use crate::Workers;
 use crate::arch::prefetch;
@@ -29,10 +29,13 @@ const GROUP_PAIRS: usize = 8;
 /// Fewest tasks a call is cut into, where its panels allow.
 const TASKS: usize = 16;
 
-/// Part of the inputs of one tap.
+/// Part of the inputs of some taps.
 #[derive(Clone, Copy, Debug)]
 struct Chunk {
+    /// First tap.
     tap: usize,
+    /// Taps: more than one only where the kernel sums them at once.
+    taps: usize,
     /// First input, a multiple of [`TILE_K`].
     k: usize,
     /// Inputs, padded to [`TILE_K`].
@@ -85,19 +88,19 @@ pub(super) fn run(
     let Gemm { operand, input, filter, weight, epilogue, out } = call;
     let widens = !matches!(
         (operand, kernel.types),
-        (Operand::U8 { .. }, Types::U8S8) | (Operand::Bf16(_), Types::Bf16) | (Operand::F32(_), Types::F32)
+        (Operand::U8 { .. } | Operand::U8Uniform { .. }, Types::U8S8)
+            | (Operand::Bf16(_), Types::Bf16)
+            | (Operand::F32(_), Types::F32)
     );
     let unpacks = !matches!(
         (weight.encoding, kernel.types),
         (Encoding::Q8, Types::U8S8) | (Encoding::Bf16, Types::Bf16) | (Encoding::F32, Types::F32)
     );
-    let by_tap = match operand {
-        Operand::U8 { scale, .. } => weight.shape.taps > 1 && scale.len() != 1,
-        _ => false,
-    };
+    let by_tap = matches!(operand, Operand::U8 { .. }) && weight.shape.taps > 1;
     let chunks = chunks(&weight, kernel, widens, by_tap);
     let keeps = !chunks.iter().all(|chunk| chunk.first && chunk.last);
-    let geometry = Geometry::new(&input, &filter, kernel.mr, epilogue.image_bias.is_some(), rows);
+    let by_image = matches!(operand, Operand::U8Uniform { .. }) || epilogue.image_bias.is_some();
+    let geometry = Geometry::new(&input, &filter, kernel.mr, by_image, rows);
     let row_bytes = (weight.shape.k_padded() * kernel.types.row_bytes()).max(1);
     let block_rows = if widens || by_tap && weight.bytes.len() <= RESIDENT_WEIGHT {
         SMALL_BLOCK_ROWS
@@ -147,16 +150,27 @@ pub(super) fn run(
 fn chunks(weight: &Weight<'_>, kernel: &GemmKernel, widens: bool, by_tap: bool) -> Vec<Chunk> {
     let shape = weight.shape;
     let padded = shape.k_padded();
-    let mut most = (kernel.pair_bytes / (TILE_COLUMNS * kernel.types.weight_bytes())).min(padded);
+    let mut most = (kernel.pair_bytes / (TILE_COLUMNS * kernel.types.weight_bytes())).max(TILE_K);
     if widens {
         most = most.min(rows_bytes() / (SMALL_BLOCK_ROWS * kernel.types.row_bytes()));
     }
+    // All taps of a filter at once where they fit, or a line of it: rows of pixels side by side are met again while they are
+    // in the nearest cache.
+    let line = shape.taps.isqrt();
+    let taps = match shape.taps {
+        _ if by_tap || widens || kernel.taps < shape.taps => 1,
+        all if all * padded <= most => all,
+        all if line * line == all => line,
+        _ => 1,
+    };
+    most = (most / taps / TILE_K * TILE_K).max(TILE_K).min(padded);
     let pieces = if padded == 0 { 0 } else { padded.div_ceil(most) };
     let len = if pieces == 0 { 0 } else { (padded / TILE_K).div_ceil(pieces) * TILE_K };
     let mut chunks = vec![];
-    for tap in 0..shape.taps {
+    for tap in (0..shape.taps).step_by(taps) {
         for k in (0..padded).step_by(len.max(1)) {
-            chunks.push(Chunk { tap, k, len: len.min(padded - k), first: by_tap && k == 0, last: false });
+            let first = by_tap && k == 0;
+            chunks.push(Chunk { tap, taps, k, len: len.min(padded - k), first, last: false });
         }
     }
     if let Some(first) = chunks.first_mut() {
@@ -210,7 +224,7 @@ impl<'a> Plan<'a> {
             let finishes = c + 1 == self.chunks.len();
             for (i, pair) in pairs.clone().enumerate() {
                 let columns = Columns::new(self, pair, Some(chunk));
-                let (b, b_stride) = self.weights(buffers.weights, pair, columns.panels, chunk);
+                let blocks = self.weights(buffers.weights, pair, columns.panels, chunk);
                 let mut ahead = self.ahead(c, pair, &pairs, tiles.len());
                 let mut row = 0;
                 for tile in tiles {
@@ -222,7 +236,11 @@ impl<'a> Plan<'a> {
                     let kept = i * self.block_rows + row;
                     let at = if self.keeps { kept } else { 0 };
                     let products = &mut buffers.products[at..at + tile.rows];
-                    self.multiply(products, buffers.rows, row, tile, b, b_stride, columns.panels, chunk);
+                    let widened = match self.widens {
+                        true => &buffers.rows[row * chunk.len * self.kernel.types.row_bytes()..],
+                        false => &[],
+                    };
+                    self.multiply(products, widened, tile, &blocks, columns.panels, chunk);
                     if chunk.last {
                         let sums =
                             if self.by_tap { &mut buffers.sums[kept..kept + tile.rows] } else { &mut [] };
@@ -287,7 +305,7 @@ impl<'a> Plan<'a> {
                 let row = self.geometry.operand_row(tile, chunk.tap) + r * self.geometry.operand_step;
                 let piece = row * stride + chunk.k..row * stride + chunk.k + chunk.len;
                 let widen = match self.operand {
-                    Operand::U8 { codes, .. } => Widen::U8(&codes[piece]),
+                    Operand::U8 { codes, .. } | Operand::U8Uniform { codes, .. } => Widen::U8(&codes[piece]),
                     Operand::Bf16(rows) => Widen::Bf16(&rows[piece]),
                     Operand::F32(_) => unreachable!("f32 rows are read where they lie"),
                 };
@@ -298,51 +316,54 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// The blocks of `pair` in `chunk` as the kernel reads them, and the bytes from panel to panel.
-    fn weights<'b>(&self, out: &'b mut [u8], pair: usize, panels: usize, chunk: &Chunk) -> (&'b [u8], usize)
+    /// The blocks of `pair` in `chunk` as the kernel reads them.
+    fn weights<'b>(&self, out: &'b mut [u8], pair: usize, panels: usize, chunk: &Chunk) -> Blocks<'b>
     where
         'a: 'b,
     {
-        let first = (chunk.tap * self.weight.shape.k_padded() + chunk.k) / TILE_K;
         let Weight { encoding, shape, bytes } = self.weight;
+        let padded = shape.k_padded();
+        let first = (chunk.tap * padded + chunk.k) / TILE_K;
+        let tiles = chunk.len / TILE_K;
         if !self.unpacks {
             let stride = shape.panel_bytes(encoding);
+            let tap = padded / TILE_K * encoding.tile_bytes();
             let start = pair * PAIR * stride + encoding.header_bytes(shape) + first * encoding.tile_bytes();
-            let len = (panels - 1) * stride + chunk.len / TILE_K * encoding.tile_bytes();
-            return (&bytes[start..start + len], stride);
+            let len = (panels - 1) * stride + (chunk.taps - 1) * tap + tiles * encoding.tile_bytes();
+            return Blocks { bytes: &bytes[start..start + len], stride, tap };
         }
-        let stride = chunk.len * TILE_N * self.kernel.types.weight_bytes();
+        let tap = chunk.len * TILE_N * self.kernel.types.weight_bytes();
+        let stride = chunk.taps * tap;
         for (p, out) in out.chunks_exact_mut(stride).take(panels).enumerate() {
             let panel = self.weight.panel(pair * PAIR + p);
-            let tiles = chunk.len / TILE_K;
-            let unpack = Unpack { panel, encoding, types: self.kernel.types, first, tiles };
-            // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
-            unsafe { (self.kernel.steps.unpack)(&unpack, out) };
+            for (i, out) in out.chunks_exact_mut(tap).enumerate() {
+                let first = first + i * padded / TILE_K;
+                let unpack = Unpack { panel, encoding, types: self.kernel.types, first, tiles };
+                // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
+                unsafe { (self.kernel.steps.unpack)(&unpack, out) };
+            }
         }
-        (&out[..panels * stride], stride)
+        Blocks { bytes: &out[..panels * stride], stride, tap }
     }
 
     /// The scale of the operand row that row 0 of `tile` meets at `tap`, and from there to the next row's.
     fn row_scale(&self, tile: &RowTile, tap: usize) -> (&'a [f32], usize) {
         match self.operand {
-            Operand::U8 { scale, .. } if scale.len() == 1 => (scale, 0),
             Operand::U8 { scale, .. } => {
                 (&scale[self.geometry.operand_row(tile, tap)..], self.geometry.operand_step)
             }
+            Operand::U8Uniform { images, .. } => (std::slice::from_ref(&images[tile.image].scale), 0),
             Operand::Bf16(_) | Operand::F32(_) => (&[1.0], 0),
         }
     }
 
-    /// The products of `tile` in `chunk`, by the kernel.
-    #[allow(clippy::too_many_arguments)]
+    /// The products of `tile` in `chunk`, by the kernel. Row 0 of widened rows is `widened`.
     fn multiply(
         &self,
         products: &mut [[i32; TILE_COLUMNS]],
         widened: &[u8],
-        widened_row: usize,
         tile: &RowTile,
-        b: &[u8],
-        b_stride: usize,
+        blocks: &Blocks<'_>,
         panels: usize,
         chunk: &Chunk,
     ) {
@@ -350,35 +371,45 @@ impl<'a> Plan<'a> {
         // The slack of rows and panels is zero, so only the steps that hold inputs are taken.
         let k = (self.weight.shape.k - chunk.k).min(chunk.len).next_multiple_of(kernel.kr);
         let element = kernel.types.row_bytes();
-        let (a, a_stride) = if self.widens {
-            (&widened[widened_row * chunk.len * element..], chunk.len * element)
-        } else {
-            let stride = self.weight.shape.k_padded();
-            let at = self.geometry.operand_row(tile, chunk.tap) * stride + chunk.k;
-            let rows: &[u8] = match self.operand {
-                Operand::U8 { codes, .. } => &codes[at..],
-                Operand::Bf16(rows) => bytemuck::cast_slice(&rows[at..]),
-                Operand::F32(rows) => bytemuck::cast_slice(&rows[at..]),
-            };
-            (rows, stride * self.geometry.operand_step * element)
+        let padded = self.weight.shape.k_padded();
+        let (rows, a_stride): (&[u8], usize) = match self.operand {
+            _ if self.widens => (widened, chunk.len * element),
+            Operand::U8 { codes, .. } | Operand::U8Uniform { codes, .. } => {
+                (codes, padded * self.geometry.operand_step)
+            }
+            Operand::Bf16(rows) => {
+                (bytemuck::cast_slice(rows), padded * self.geometry.operand_step * element)
+            }
+            Operand::F32(rows) => (bytemuck::cast_slice(rows), padded * self.geometry.operand_step * element),
         };
-        assert!(a.len() >= (tile.rows - 1) * a_stride + k * element, "{tile:?} {chunk:?}");
+        let mut a = [std::ptr::null(); MAX_TAPS];
+        for (tap, a) in a[..chunk.taps].iter_mut().enumerate() {
+            let at = match self.widens {
+                true => 0,
+                false => (self.geometry.operand_row(tile, chunk.tap + tap) * padded + chunk.k) * element,
+            };
+            let rows = &rows[at..];
+            assert!(rows.len() >= (tile.rows - 1) * a_stride + k * element, "{tile:?} {chunk:?}");
+            *a = rows.as_ptr();
+        }
         assert!(products.len() == tile.rows && tile.rows <= kernel.mr && k <= chunk.len);
         let at_once = kernel.nr / TILE_N;
         for p in (0..panels).step_by(at_once) {
             let args = TileArgs {
-                a: a.as_ptr(),
+                a,
+                taps: chunk.taps,
                 a_stride,
                 rows: tile.rows,
-                b: b[p * b_stride..].as_ptr(),
-                b_stride,
+                b: blocks.bytes[p * blocks.stride..].as_ptr(),
+                b_stride: blocks.stride,
+                b_tap: blocks.tap,
                 panels: at_once.min(panels - p),
                 k,
                 c: products.as_mut_ptr().cast::<u8>().wrapping_add(p * TILE_N * 4),
                 accumulate: !chunk.first,
             };
-            // SAFETY: the kernel was picked for this machine; a reaches rows * k elements (asserted), b holds the blocks
-            // of chunk.len >= k inputs of each panel, c is `products`, borrowed here alone.
+            // SAFETY: the kernel was picked for this machine; each tap's a reaches rows * k elements (asserted), b holds the
+            // blocks of chunk.len >= k inputs of each tap and panel, c is `products`, borrowed here alone.
             unsafe { (kernel.tile)(&args) };
         }
     }
@@ -405,10 +436,14 @@ impl<'a> Plan<'a> {
         sums: Option<&[[f32; TILE_COLUMNS]]>,
     ) {
         let (scale, scale_step) = self.row_scale(tile, 0);
+        let mut offset = columns.offset;
+        if let Operand::U8Uniform { images, .. } = self.operand {
+            offset = offset.map(|sum| sum * images[tile.image].zero);
+        }
         let sums = match sums {
             Some(sums) => Sums::Float(sums),
             None if self.kernel.types.is_integer() => {
-                Sums::Integer { sums: products, offset: &columns.offset, scale, scale_step }
+                Sums::Integer { sums: products, offset: &offset, scale, scale_step }
             }
             None => Sums::Float(bytemuck::cast_slice(products)),
         };
@@ -455,6 +490,15 @@ impl Ahead<'_> {
     }
 }
 
+/// Weights as a kernel reads them.
+struct Blocks<'b> {
+    bytes: &'b [u8],
+    /// Bytes from panel to panel.
+    stride: usize,
+    /// Bytes from tap to tap.
+    tap: usize,
+}
+
 /// What the tiles of a panel pair have in common.
 struct Columns {
     pair: usize,
@@ -465,7 +509,8 @@ struct Columns {
     inputs: usize,
     scale: [f32; TILE_COLUMNS],
     bias: [f32; TILE_COLUMNS],
-    /// 128 times the sum of each output's weights: over the tap at hand where taps are added up, else over all.
+    /// The sum of each output's weights, over the tap at hand where taps are added up, else over all; 128 times as much where
+    /// that is the code of zero in all rows.
     offset: [i32; TILE_COLUMNS],
 }
 
@@ -495,14 +540,15 @@ impl Columns {
         columns
     }
 
-    /// 128 times the sum of each output's weights over `taps`.
+    /// The sum of each output's weights over `taps`, times the code of zero if all rows have the same.
     fn offset(&self, plan: &Plan<'_>, taps: Range<usize>) -> [i32; TILE_COLUMNS] {
+        let zero = if let Operand::U8Uniform { .. } = plan.operand { 1 } else { 128 };
         let mut offset = [0; TILE_COLUMNS];
         for p in 0..self.panels {
             let panel = plan.weight.panel(self.pair * PAIR + p);
             for tap in taps.clone() {
                 for (offset, sum) in offset[p * TILE_N..].iter_mut().zip(panel.sum(tap)) {
-                    *offset += 128 * sum;
+                    *offset += zero * sum;
                 }
             }
         }
@@ -526,15 +572,16 @@ pub(super) fn check(call: &Gemm<'_>, rows: Option<&Range<usize>>) {
     }
     assert_eq!(weight.bytes.len(), shape.bytes(weight.encoding), "{:?} weight {shape:?}", weight.encoding);
     let elements = input.operand_rows() * shape.k_padded();
+    if let Some(codes) = operand.codes() {
+        assert!(weight.encoding.is_integer(), "u8 rows with {:?} weights", weight.encoding);
+        assert_eq!(codes.len(), elements, "operand of {input:?} with {shape:?}");
+    }
     match operand {
-        Operand::U8 { codes, scale } => {
-            assert!(weight.encoding.is_integer(), "u8 rows with {:?} weights", weight.encoding);
-            assert_eq!(codes.len(), elements, "operand of {input:?} with {shape:?}");
-            assert!(
-                scale.len() == input.operand_rows() || scale.len() == 1,
-                "{} scales of {input:?}",
-                scale.len()
-            );
+        Operand::U8 { scale, .. } => {
+            assert_eq!(scale.len(), input.operand_rows(), "scales of {input:?}");
+        }
+        Operand::U8Uniform { images, .. } => {
+            assert_eq!(images.len(), input.batch, "codings of {input:?}");
         }
         Operand::Bf16(rows) => assert_eq!(rows.len(), elements, "operand of {input:?} with {shape:?}"),
         Operand::F32(rows) => assert_eq!(rows.len(), elements, "operand of {input:?} with {shape:?}"),

@@ -148,7 +148,8 @@ fn unpack_q4(codes: &[u8], groups: &[u8], out: &mut [u8]) {
         let codes = opaque(codes);
         let group = &groups[i * 8 / Q4_GROUP];
         let scale: [u16; LANES] = lanes(|lane| u16::from(group[lane / 2]));
-        let codes: [u16; LANES] = lanes(|lane| u16::from_le_bytes([codes[2 * lane], codes[2 * lane + 1]]));
+        let codes: [u16; LANES] = bytemuck::cast(*codes);
+        let codes: [u16; LANES] = lanes(|lane| u16::from_le(codes[lane]));
         for (shift, out) in [(0, low), (4, high)] {
             let mut weights = [0u16; LANES];
             for lane in 0..LANES {
@@ -438,9 +439,9 @@ fn finish_rows<S: Simd, T: Element>(
             for (r, sums) in sums.iter().enumerate() {
                 let row_scale = s.splat(row_scale[r * scale_step]);
                 let mut y: Columns<S::F> = [s.splat(0.0); _];
-                for v in 0..TILE_COLUMNS / S::LANES {
+                for (v, y) in y.iter_mut().enumerate().take(TILE_COLUMNS / S::LANES) {
                     let at = v * S::LANES;
-                    y[v] = s.mul(s.difference(&sums[at..], &offset[at..]), row_scale);
+                    *y = s.mul(s.difference(&sums[at..], &offset[at..]), row_scale);
                 }
                 finish_row(s, args, out, function, r, y, &scale, &bias);
             }
@@ -481,24 +482,24 @@ fn finish_row<S: Simd, T: Element>(
     if args.accumulate {
         add_row(s, &mut y, out);
     }
-    for v in 0..TILE_COLUMNS / S::LANES {
+    for (v, &y) in y.iter().enumerate().take(TILE_COLUMNS / S::LANES) {
         let at = v * S::LANES;
         if at + S::LANES <= out.len() {
-            T::store(s, y[v], &mut out[at..at + S::LANES]);
+            T::store(s, y, &mut out[at..at + S::LANES]);
         } else if at < out.len() {
-            T::store_partial(s, y[v], &mut out[at..]);
+            T::store_partial(s, y, &mut out[at..]);
         }
     }
 }
 
 #[inline(always)]
 fn add_row<S: Simd, T: Element>(s: S, y: &mut Columns<S::F>, x: &[T]) {
-    for v in 0..TILE_COLUMNS / S::LANES {
+    for (v, y) in y.iter_mut().enumerate().take(TILE_COLUMNS / S::LANES) {
         let at = v * S::LANES;
         if at + S::LANES <= x.len() {
-            y[v] = s.add(y[v], T::load(s, &x[at..at + S::LANES]));
+            *y = s.add(*y, T::load(s, &x[at..at + S::LANES]));
         } else if at < x.len() {
-            y[v] = s.add(y[v], T::load_partial(s, &x[at..]));
+            *y = s.add(*y, T::load_partial(s, &x[at..]));
         }
     }
 }

@@ -70,6 +70,8 @@ pub struct GemmKernel {
     pub(crate) pair_bytes: usize,
     /// Most bytes of a block of operand rows, which stays in the cache while the weights pass by.
     pub(crate) block_bytes: usize,
+    /// Taps of a convolution that a tile can sum without storing in between.
+    pub(crate) taps: usize,
     /// The function.
     pub(crate) tile: TileFn,
     /// The multiplications of a tile without its loads.
@@ -97,7 +99,9 @@ impl GemmKernel {
     /// bits of [`Encoding::F16`] in [`Types::Bf16`].
     pub fn suits(&self, operand: &Operand<'_>, encoding: Encoding) -> bool {
         match operand {
-            Operand::U8 { .. } => self.types.is_integer() && encoding.is_integer(),
+            Operand::U8 { .. } | Operand::U8Uniform { .. } => {
+                self.types.is_integer() && encoding.is_integer()
+            }
             Operand::Bf16(_) if self.types == Types::Bf16 => encoding != Encoding::F32,
             Operand::Bf16(_) | Operand::F32(_) => self.types == Types::F32,
         }

@@ -9,7 +9,7 @@ use crate::bf16;
 use crate::layout::WeightShape;
 use crate::quantize;
 use crate::reference::gemm as reference;
-use crate::view::Border;
+use crate::view::{Border, Coding};
 
 /// Rounding error of an f32 sum, relative to the sum of magnitudes.
 const F32_BUDGET: f64 = 4e-6;
@@ -51,6 +51,7 @@ struct Left {
     rank: Rank,
     codes: Vec<u8>,
     scale: Vec<f32>,
+    images: Vec<Coding>,
     bf16: Vec<bf16>,
     f32: Vec<f32>,
 }
@@ -59,7 +60,7 @@ impl Left {
     /// Rows of `k` numbers in `stride`; the border's and the slack's are zero.
     fn new(random: &mut Random, rank: Rank, input: &ImageShape, k: usize, stride: usize) -> Left {
         let rows = input.operand_rows();
-        let mut left = Left { rank, codes: vec![], scale: vec![], bf16: vec![], f32: vec![] };
+        let mut left = Left { rank, codes: vec![], scale: vec![], images: vec![], bf16: vec![], f32: vec![] };
         for row in 0..rows {
             let (y, x) = (row / input.full_w() % input.full_h(), row % input.full_w());
             let border = &input.border;
@@ -74,13 +75,22 @@ impl Left {
         }
         left.bf16 = left.f32.iter().map(|&x| bf16::from_f32(x)).collect();
         if rank == Rank::U8Uniform {
-            left.scale.truncate(1);
+            left.images = (0..input.batch)
+                .map(|b| Coding { scale: left.scale[b], zero: 1 + (random.bits() % 255) as i32 })
+                .collect();
+            let each = left.codes.len() / input.batch.max(1);
+            for (i, code) in left.codes.iter_mut().enumerate() {
+                if left.f32[i] == 0.0 {
+                    *code = left.images[i / each].zero as u8;
+                }
+            }
         }
         left
     }
     fn view(&self) -> Operand<'_> {
         match self.rank {
-            Rank::U8 | Rank::U8Uniform => Operand::U8 { codes: &self.codes, scale: &self.scale },
+            Rank::U8 => Operand::U8 { codes: &self.codes, scale: &self.scale },
+            Rank::U8Uniform => Operand::U8Uniform { codes: &self.codes, images: &self.images },
             Rank::Bf16 => Operand::Bf16(&self.bf16),
             Rank::F32 => Operand::F32(&self.f32),
         }
@@ -336,7 +346,7 @@ fn rows_are_independent() {
             let (a, b) = (first * shape.k_padded(), (first + rows) * shape.k_padded());
             match rank {
                 Rank::U8 => Operand::U8 { codes: &left.codes[a..b], scale: &left.scale[first..first + rows] },
-                Rank::U8Uniform => Operand::U8 { codes: &left.codes[a..b], scale: &left.scale },
+                Rank::U8Uniform => Operand::U8Uniform { codes: &left.codes[a..b], images: &left.images },
                 Rank::Bf16 => Operand::Bf16(&left.bf16[a..b]),
                 Rank::F32 => Operand::F32(&left.f32[a..b]),
             }

@@ -4,17 +4,26 @@
 /// Columns of an accumulator tile in memory, also where a kernel computes 16 of them.
 pub(crate) const TILE_COLUMNS: usize = 32;
 
+/// Most taps of a convolution that a tile function sums at a time.
+pub(crate) const MAX_TAPS: usize = 9;
+
 /// What a tile function reads and writes. All strides are bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TileArgs {
-    /// Row 0, `k` elements.
-    pub(crate) a: *const u8,
+    /// Row 0 of each tap, `k` elements. Places beyond `taps` are not looked at.
+    pub(crate) a: [*const u8; MAX_TAPS],
+    /// Taps that are summed: 1 to the kernel's [`taps`](crate::gemm::GemmKernel::taps).
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "all tiles sum one tap at a time"))]
+    pub(crate) taps: usize,
     /// From row to row.
     pub(crate) a_stride: usize,
     /// Rows: 1 to `mr`.
     pub(crate) rows: usize,
-    /// The blocks of panel 0, from the first k.
+    /// The blocks of panel 0, from the first k of the first tap.
     pub(crate) b: *const u8,
+    /// From tap to tap.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "all tiles sum one tap at a time"))]
+    pub(crate) b_tap: usize,
     /// From panel to panel.
     pub(crate) b_stride: usize,
     /// Panels of 16 columns: 1 to `nr / 16`.
@@ -31,7 +40,7 @@ pub(crate) struct TileArgs {
 ///
 /// # Safety
 /// The machine has the kernel's tier, and the pointers of [`TileArgs`] reach what it describes: `rows` rows of `k`
-/// elements, `panels` panels of `k` inputs, and `rows` rows of `c` that nobody else uses.
+/// elements of each tap, `panels` panels of `k` inputs of each tap, and `rows` rows of `c` that nobody else uses.
 pub(crate) type TileFn = unsafe fn(&TileArgs);
 
 /// One instruction set's way to multiply.
@@ -82,7 +91,7 @@ pub(crate) unsafe fn broadcast_tile<L: Lanes, const R: usize, const V: usize>(t:
                 }
             }
         }
-        let (mut a, mut b) = (t.a, t.b);
+        let (mut a, mut b) = (t.a[0], t.b);
         for _ in 0..t.k / L::K {
             let weights: [L::B; V] = std::array::from_fn(|v| L::load_b(b.add(b_at(v))));
             for (r, row) in acc.iter_mut().enumerate() {
@@ -167,6 +176,7 @@ macro_rules! broadcast_kernel {
                 $crate::gemm::table::Peak { run: peak, ops: $crate::gemm::tile::peak_ops::<$lanes>() }
             },
             steps: $steps,
+            taps: 1,
             leave: || (),
         };
     };

@@ -5,12 +5,13 @@ use crate::bf16;
 use crate::gemm::Activation;
 use crate::math;
 use crate::simd::{Element, MAX_LANES, Simd, SimdOp};
-use crate::view::{ImageShape, OperandMut, Rows};
+use crate::view::{Coding, ImageShape, OperandMut, Rows};
 
+use super::stats::STATS;
 use super::{Norm, Walk};
 
 /// Rows of f32 that a task keeps in scratch memory.
-pub(super) const SCRATCH_ROWS: usize = 4;
+pub(super) const SCRATCH_ROWS: usize = 5;
 
 /// How many bytes ahead of a sweep memory is asked for: about two pages, which hardware does not look beyond.
 pub(super) const AHEAD: usize = 4096;
@@ -43,16 +44,16 @@ impl SimdOp for Chunk<'_> {
         let rows = self.out.len() / stride.max(1);
         for i in 0..=rows {
             let (row, earlier) = if i % 2 == 0 { (&mut *even, &*odd) } else { (&mut *odd, &*even) };
-            let mut most = None;
+            let mut made = None;
             if i < rows {
                 match image.pixel(self.first + i) {
-                    None => self.out.zero_row(i, stride),
+                    None => self.out.zero_row(i, stride, image.image(self.first + i)),
                     Some((b, pixel)) => {
                         if let Norm::Group { stats, groups, gamma, beta } = norm
                             && image_of_factors != b
                         {
                             group_factors(
-                                &stats[b * groups * 2..][..groups * 2],
+                                &stats[b * groups * STATS..][..groups * STATS],
                                 gamma,
                                 beta,
                                 factor,
@@ -60,19 +61,26 @@ impl SimdOp for Chunk<'_> {
                             );
                             image_of_factors = b;
                         }
-                        most = Some(read_row(s, source.row(pixel), norm, (factor, offset), activation, row));
+                        let most = read_row(s, source.row(pixel), norm, (factor, offset), activation, row);
+                        made = Some((most, b));
                     }
                 }
             }
-            if let Some(most) = waiting {
-                write_row(s, earlier, most, &mut self.out, i - 1, stride);
+            if let Some((most, image)) = waiting {
+                write_row(s, earlier, most, image, &mut self.out, i - 1, stride);
             }
-            waiting = most;
+            waiting = made;
         }
     }
 }
 
 impl ImageShape {
+    /// The image of operand row `row`.
+    #[inline(always)]
+    fn image(&self, row: usize) -> usize {
+        row / (self.full_h() * self.full_w())
+    }
+
     /// The image and the source pixel that operand row `row` holds, none on the border.
     #[inline(always)]
     fn pixel(&self, row: usize) -> Option<(usize, usize)> {
@@ -94,13 +102,15 @@ impl OperandMut<'_> {
         }
     }
 
-    fn zero_row(&mut self, i: usize, stride: usize) {
+    fn zero_row(&mut self, i: usize, stride: usize, image: usize) {
         match self {
             OperandMut::U8 { codes, scale } => {
                 codes[i * stride..(i + 1) * stride].fill(128);
                 scale[i] = 0.0;
             }
-            OperandMut::U8Uniform { codes, .. } => codes[i * stride..(i + 1) * stride].fill(128),
+            OperandMut::U8Uniform { codes, images } => {
+                codes[i * stride..(i + 1) * stride].fill(images[image].zero as u8);
+            }
             OperandMut::Bf16(out) => out[i * stride..(i + 1) * stride].fill(bf16::ZERO),
             OperandMut::F32(out) => out[i * stride..(i + 1) * stride].fill(0.0),
         }
@@ -109,8 +119,8 @@ impl OperandMut<'_> {
 
 /// `factor[c] = rstd * gamma[c]` and `offset[c] = beta[c] - mean * factor[c]`.
 fn group_factors(stats: &[f32], gamma: &[f32], beta: &[f32], factor: &mut [f32], offset: &mut [f32]) {
-    let size = gamma.len() / (stats.len() / 2);
-    for (g, stats) in stats.chunks_exact(2).enumerate() {
+    let size = gamma.len() / (stats.len() / STATS);
+    for (g, stats) in stats.chunks_exact(STATS).enumerate() {
         for c in g * size..(g + 1) * size {
             factor[c] = stats[1] * gamma[c];
             offset[c] = beta[c] - stats[0] * factor[c];
@@ -378,18 +388,28 @@ fn layer_norm<S: Simd>(s: S, row: &mut [f32], sum: f32, gamma: &[f32], beta: &[f
 /// The least magnitude that gets a scale: a row of smaller numbers is a row of zeros.
 const LEAST: f32 = 1e-30;
 
-/// Writes output row `i`: `row`, then zeros up to `stride`.
+/// Writes output row `i`, a pixel of `image`: `row`, then zeros up to `stride`.
 #[inline(always)]
-fn write_row<S: Simd>(s: S, row: &[f32], most: S::F, out: &mut OperandMut<'_>, i: usize, stride: usize) {
+fn write_row<S: Simd>(
+    s: S,
+    row: &[f32],
+    most: S::F,
+    image: usize,
+    out: &mut OperandMut<'_>,
+    i: usize,
+    stride: usize,
+) {
     match out {
         OperandMut::U8 { codes, scale } => {
             let most = s.max_lane(most);
             let (inverse, step) = if most < LEAST { (0.0, 0.0) } else { (127.0 / most, most / 127.0) };
             scale[i] = step;
-            write_codes(s, row, inverse, &mut codes[i * stride..(i + 1) * stride]);
+            write_codes(s, row, inverse, 128, &mut codes[i * stride..(i + 1) * stride]);
         }
-        OperandMut::U8Uniform { codes, scale } => {
-            write_codes(s, row, 1.0 / *scale, &mut codes[i * stride..(i + 1) * stride]);
+        OperandMut::U8Uniform { codes, images } => {
+            let Coding { scale, zero } = images[image];
+            let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+            write_codes(s, row, inverse, zero, &mut codes[i * stride..(i + 1) * stride]);
         }
         OperandMut::Bf16(out) => {
             let (out, slack) = out[i * stride..(i + 1) * stride].split_at_mut(row.len());
@@ -412,16 +432,17 @@ fn write_row<S: Simd>(s: S, row: &[f32], most: S::F, out: &mut OperandMut<'_>, i
 }
 
 #[inline(always)]
-fn write_codes<S: Simd>(s: S, row: &[f32], inverse: f32, codes: &mut [u8]) {
+fn write_codes<S: Simd>(s: S, row: &[f32], inverse: f32, zero: i32, codes: &mut [u8]) {
     let (codes, slack) = codes.split_at_mut(row.len());
-    let inverse = s.splat(inverse);
+    let (inverse, shift) = (s.splat(inverse), s.splat((zero - 128) as f32));
     let mut src = row.chunks_exact(S::LANES);
     let mut dst = codes.chunks_exact_mut(S::LANES);
     for (x, y) in (&mut src).zip(&mut dst) {
-        s.store_codes(s.mul(s.load(x), inverse), y);
+        s.store_codes(s.fma(s.load(x), inverse, shift), y);
     }
     if !src.remainder().is_empty() {
-        s.store_codes_partial(s.mul(s.load_partial(src.remainder()), inverse), dst.into_remainder());
+        let x = s.fma(s.load_partial(src.remainder()), inverse, shift);
+        s.store_codes_partial(x, dst.into_remainder());
     }
     slack.fill(128);
 }

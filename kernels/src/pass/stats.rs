@@ -7,10 +7,11 @@ use bytemuck::cast_slice_mut;
 use crate::Isa;
 use crate::par::{Shared, Workers};
 use crate::simd::{Element, Simd, SimdOp, dispatch};
-use crate::view::{ImageShape, Rows};
+use crate::view::{Coding, ImageShape, Rows};
 
-use super::Source;
 use super::rows::AHEAD;
+use super::{Norm, Source};
+use crate::gemm::Activation;
 
 /// Tasks that share one image.
 const TASKS: usize = 64;
@@ -21,8 +22,14 @@ const PIXELS: usize = 64;
 /// Pixels that are added at a time.
 const STEP: usize = 4;
 
-/// Mean and reciprocal standard deviation of each group of channels over each image: `stats` is `[batch, groups, 2]`.
-/// The biased variance, as PyTorch's `group_norm`. `sums` has [`sums_len`] numbers and needs no content.
+/// Numbers that [`group_stats`] finds out about a group: mean, reciprocal standard deviation, least and greatest element.
+pub const STATS: usize = 4;
+
+/// Numbers that [`group_sums`] writes for a group: sum, sum of squares, least and greatest element.
+const SUMS: usize = 4;
+
+/// Mean, reciprocal standard deviation, least and greatest element of each group of channels over each image: `stats` is
+/// `[batch, groups, STATS]`. The biased variance, as PyTorch's `group_norm`. `sums` has [`sums_len`] numbers and needs no content.
 ///
 /// # Panics
 /// Where shapes don't agree.
@@ -46,9 +53,9 @@ fn chunk_pixels(image: &ImageShape) -> usize {
     (image.h * image.w).div_ceil(TASKS).next_multiple_of(PIXELS).max(1)
 }
 
-/// How many numbers [`group_sums`] writes: a sum and a sum of squares for each image, chunk of pixels and group.
+/// How many numbers [`group_sums`] writes, for each image, chunk of pixels and group.
 pub fn sums_len(image: &ImageShape, groups: usize) -> usize {
-    image.batch * (image.h * image.w).div_ceil(chunk_pixels(image)) * groups * 2
+    image.batch * (image.h * image.w).div_ceil(chunk_pixels(image)) * groups * SUMS
 }
 
 /// Image rows that [`group_sums`] can be called with at a time are multiples of this, but for the last.
@@ -89,8 +96,8 @@ pub fn group_sums(
     workers.for_each(image.batch * here.len(), |task, scratch| {
         let (at, c) = (task / here.len(), here.start + task % here.len());
         // SAFETY: each task has its own part.
-        let sums = unsafe { parts.slice((at * chunks + c) * groups * 2, groups * 2) };
-        sums.fill(0.0);
+        let sums = unsafe { parts.slice((at * chunks + c) * groups * SUMS, groups * SUMS) };
+        sums.as_chunks_mut().0.fill([0.0, 0.0, f64::INFINITY, f64::NEG_INFINITY]);
         let base = at * part;
         let rows = base + c * chunk - first..base + ((c + 1) * chunk).min(end) - first;
         dispatch(isa, Moments { source, rows, sums, scratch: cast_slice_mut(scratch) });
@@ -110,22 +117,92 @@ pub fn group_finish(
     stats: &mut [f32],
 ) {
     assert_eq!(sums.len(), sums_len(&image, groups), "sums of {image:?} in {groups} groups");
-    assert_eq!(stats.len(), image.batch * groups * 2, "statistics of {} x {groups} groups", image.batch);
-    let chunks = sums.len() / (image.batch * groups * 2).max(1);
+    assert_eq!(stats.len(), image.batch * groups * STATS, "statistics of {} x {groups} groups", image.batch);
+    let chunks = sums.len() / (image.batch * groups * SUMS).max(1);
     let count = (image.h * image.w * (channels / groups)) as f64;
-    for (image, stats) in stats.chunks_exact_mut(groups * 2).enumerate() {
-        for (g, stats) in stats.chunks_exact_mut(2).enumerate() {
-            let parts = (0..chunks).map(|c| ((image * chunks + c) * groups + g) * 2);
-            let (sum, squares) = parts.fold((0.0, 0.0), |(s, q), at| (s + sums[at], q + sums[at + 1]));
+    let (sums, _) = sums.as_chunks::<SUMS>();
+    for (image, stats) in stats.chunks_exact_mut(groups * STATS).enumerate() {
+        for (g, stats) in stats.as_chunks_mut::<STATS>().0.iter_mut().enumerate() {
+            let parts = (0..chunks).map(|c| sums[(image * chunks + c) * groups + g]);
+            let [sum, squares, least, most] = parts
+                .fold([0.0, 0.0, f64::INFINITY, f64::NEG_INFINITY], |[s, q, l, m], part| {
+                    [s + part[0], q + part[1], part[2].min(l), part[3].max(m)]
+                });
             let mean = sum / count;
             let variance = (squares / count - mean * mean).max(0.0);
-            stats[0] = mean as f32;
-            stats[1] = (1.0 / (variance + f64::from(eps)).sqrt()) as f32;
+            let rstd = 1.0 / (variance + f64::from(eps)).sqrt();
+            *stats = [mean, rstd, least, most].map(|x| x as f32);
         }
     }
 }
 
-/// Adds the sums and the sums of squares of `rows` to `sums`, `[groups, 2]`.
+/// Codings of an operand with one for each image, whose codes span `activation(norm(x))` over that image and zero, by what
+/// [`group_stats`] knows.
+///
+/// # Panics
+/// Where shapes don't agree, or for a norm that isn't [`Norm::Group`].
+pub fn group_codings(norm: Norm<'_>, activation: Activation, images: &mut [Coding]) {
+    let Norm::Group { stats, groups, gamma, beta } = norm else { panic!("group statistics for {norm:?}") };
+    assert_eq!(
+        stats.len(),
+        images.len() * groups * STATS,
+        "statistics of {} x {groups} groups",
+        images.len()
+    );
+    let size = gamma.len() / groups.max(1);
+    for (image, stats) in images.iter_mut().zip(stats.chunks_exact(groups * STATS)) {
+        let (mut low, mut high) = (0f32, 0f32);
+        for (&[mean, rstd, least, most], (gamma, beta)) in
+            stats.as_chunks().0.iter().zip(gamma.chunks_exact(size).zip(beta.chunks_exact(size)))
+        {
+            for (gamma, beta) in gamma.iter().zip(beta) {
+                let factor = rstd * gamma;
+                let ends = [least, most].map(|x| (x - mean) * factor + beta);
+                for y in ends {
+                    let y = bound(activation, y);
+                    (low, high) = (low.min(y), high.max(y));
+                }
+            }
+        }
+        *image = coding(low, high);
+    }
+}
+
+/// The coding whose codes 1 to 255 span `low <= 0` to `high >= 0`.
+fn coding(low: f32, high: f32) -> Coding {
+    let scale = (high - low) / 254.0;
+    // A span of next to nothing, or of infinity, is coded as nothing.
+    if !(1e-30..1e30).contains(&scale) {
+        return Coding { scale: 0.0, zero: 128 };
+    }
+    Coding { scale, zero: 1 + (-low / scale).round() as i32 }
+}
+
+/// As [`group_codings`] for `x` itself: `stats` are those of a single group, `[batch, STATS]`.
+///
+/// # Panics
+/// Where shapes don't agree.
+pub fn range_codings(stats: &[f32], images: &mut [Coding]) {
+    let (stats, rest) = stats.as_chunks::<STATS>();
+    assert!(stats.len() == images.len() && rest.is_empty(), "ranges of {} images", images.len());
+    for (image, &[_, _, least, most]) in images.iter_mut().zip(stats) {
+        *image = coding(least.min(0.0), most.max(0.0));
+    }
+}
+
+/// The end farther from 0 of what `activation` makes of all t from 0 to `y`.
+fn bound(activation: Activation, y: f32) -> f32 {
+    /// `-min x sigmoid(x)`.
+    const DIP: f32 = 0.278_465;
+    match activation {
+        Activation::Silu if y < 0.0 => y.max(-DIP),
+        // Within the error of the coarse function.
+        Activation::Silu => 1.001 * y / (1.0 + (-y).exp()),
+        _ => y,
+    }
+}
+
+/// Adds `rows` to `sums`, `[groups, SUMS]`.
 struct Moments<'a> {
     source: Source<'a>,
     rows: std::ops::Range<usize>,
@@ -141,10 +218,14 @@ impl SimdOp for Moments<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let columns = self.source.columns();
-        let size = columns / (self.sums.len() / 2);
+        let size = columns / (self.sums.len() / SUMS);
         let (shift, rest) = self.scratch.split_at_mut(columns);
         let (sum, rest) = rest.split_at_mut(columns);
-        let squares = &mut rest[..columns];
+        let (squares, rest) = rest.split_at_mut(columns);
+        let (least, rest) = rest.split_at_mut(columns);
+        let most = &mut rest[..columns];
+        least.fill(f32::INFINITY);
+        most.fill(f32::NEG_INFINITY);
         let last = self.rows.end;
         for first in self.rows.step_by(PIXELS) {
             let n = PIXELS.min(last - first);
@@ -157,14 +238,16 @@ impl SimdOp for Moments<'_> {
                 let channels = Channels {
                     shift: &mut shift[range.clone()],
                     sum: &mut sum[range.clone()],
-                    squares: &mut squares[range],
+                    squares: &mut squares[range.clone()],
+                    least: &mut least[range.clone()],
+                    most: &mut most[range],
                 };
                 match part.slice(first * c..(first + n) * c) {
                     Rows::F32(pixels) => channels.add_all(s, pixels),
                     Rows::Bf16(pixels) => channels.add_all(s, pixels),
                 }
             }
-            for (g, out) in self.sums.chunks_exact_mut(2).enumerate() {
+            for (g, out) in self.sums.as_chunks_mut::<SUMS>().0.iter_mut().enumerate() {
                 let (mut total, mut total_squares) = (0.0, 0.0);
                 for c in g * size..(g + 1) * size {
                     let (k, sum, squares) = (f64::from(shift[c]), f64::from(sum[c]), f64::from(squares[c]));
@@ -173,6 +256,12 @@ impl SimdOp for Moments<'_> {
                 }
                 out[0] += total;
                 out[1] += total_squares;
+            }
+        }
+        for (g, out) in self.sums.as_chunks_mut::<SUMS>().0.iter_mut().enumerate() {
+            for c in g * size..(g + 1) * size {
+                out[2] = out[2].min(f64::from(least[c]));
+                out[3] = out[3].max(f64::from(most[c]));
             }
         }
     }
@@ -184,6 +273,8 @@ struct Channels<'a> {
     shift: &'a mut [f32],
     sum: &'a mut [f32],
     squares: &'a mut [f32],
+    least: &'a mut [f32],
+    most: &'a mut [f32],
 }
 
 impl Channels<'_> {
@@ -219,17 +310,23 @@ impl Channels<'_> {
         let c = self.shift.len();
         let pixels: [&[T]; N] = std::array::from_fn(|p| &pixels[p * c..(p + 1) * c]);
         let (shift, sum, squares) = (&self.shift[..c], &mut self.sum[..c], &mut self.squares[..c]);
+        let (least, most) = (&mut self.least[..c], &mut self.most[..c]);
         let mut i = 0;
         while i + S::LANES <= c {
             let end = i + S::LANES;
             let k = s.load(&shift[i..end]);
             let (mut a, mut b) = (s.load(&sum[i..end]), s.load(&squares[i..end]));
+            let (mut low, mut high) = (s.load(&least[i..end]), s.load(&most[i..end]));
             for pixel in pixels {
                 s.prefetch(&pixel[i..end], AHEAD);
-                let d = s.sub(T::load(s, &pixel[i..end]), k);
+                let x = T::load(s, &pixel[i..end]);
+                (low, high) = (s.min(x, low), s.max(x, high));
+                let d = s.sub(x, k);
                 a = s.add(a, d);
                 b = s.fma(d, d, b);
             }
+            s.store(low, &mut least[i..end]);
+            s.store(high, &mut most[i..end]);
             s.store(a, &mut sum[i..end]);
             s.store(b, &mut squares[i..end]);
             i = end;
@@ -237,11 +334,16 @@ impl Channels<'_> {
         if i < c {
             let k = s.load_partial(&shift[i..]);
             let (mut a, mut b) = (s.load_partial(&sum[i..]), s.load_partial(&squares[i..]));
+            let (mut low, mut high) = (s.load_partial(&least[i..]), s.load_partial(&most[i..]));
             for pixel in pixels {
-                let d = s.sub(T::load_partial(s, &pixel[i..]), k);
+                let x = T::load_partial(s, &pixel[i..]);
+                (low, high) = (s.min(x, low), s.max(x, high));
+                let d = s.sub(x, k);
                 a = s.add(a, d);
                 b = s.fma(d, d, b);
             }
+            s.store_partial(low, &mut least[i..]);
+            s.store_partial(high, &mut most[i..]);
             s.store_partial(a, &mut sum[i..]);
             s.store_partial(b, &mut squares[i..]);
         }

@@ -2,7 +2,7 @@ use super::*;
 use crate::bf16;
 use crate::reference::pass as reference;
 use crate::simd::tests::tiers;
-use crate::view::Border;
+use crate::view::{Border, Coding};
 
 fn noise(n: usize, seed: u32, mean: f32) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9) | 1;
@@ -52,7 +52,7 @@ fn group_stats_agree_with_the_reference() {
                     let (a, b) =
                         (noise(image.pixels() * c0, 1, mean), half(&noise(image.pixels() * c1, 2, mean)));
                     let source = Source::two((Rows::F32(&a), c0), (Rows::Bf16(&b), c1));
-                    let mut stats = vec![f32::NAN; image.batch * groups * 2];
+                    let mut stats = vec![f32::NAN; image.batch * groups * STATS];
                     let mut sums = vec![f64::NAN; sums_len(&image, groups)];
                     group_stats(&workers, isa, source, image, groups, 1e-5, &mut sums, &mut stats);
                     let want = reference::group_stats(source, image, groups, 1e-5);
@@ -75,7 +75,7 @@ fn passes_agree_with_the_reference() {
                 let (a, b) = (noise(image.pixels() * c0, 3, 0.5), half(&noise(image.pixels() * c1, 4, 0.5)));
                 let source = Source::two((Rows::F32(&a), c0), (Rows::Bf16(&b), c1));
                 let (gamma, beta) = (noise(c, 5, 1.0), noise(c, 6, 0.0));
-                let mut stats = vec![f32::NAN; image.batch * groups * 2];
+                let mut stats = vec![f32::NAN; image.batch * groups * STATS];
                 let mut sums = vec![f64::NAN; sums_len(&image, groups)];
                 group_stats(&workers, isa, source, image, groups, 1e-5, &mut sums, &mut stats);
                 let norms = [
@@ -153,11 +153,33 @@ fn check(
         }
     }
 
-    let out = OperandMut::U8Uniform { codes: &mut codes, scale: 0.01 };
+    let mut images: Vec<Coding> =
+        (1..=image.batch as i32).map(|b| Coding { scale: b as f32 * 0.01, zero: 100 + b }).collect();
+    if matches!(norm, Norm::Group { .. }) {
+        group_codings(norm, activation, &mut images);
+        let each = wide.len() / images.len();
+        for (image, wide) in images.iter().zip(wide.chunks_exact(each)) {
+            for x in wide {
+                let code = f64::from(*x) / f64::from(image.scale) + f64::from(image.zero);
+                assert!((0.4..255.6).contains(&code) || *x == 0.0, "{what}: {x} is {code} in {image:?}");
+            }
+        }
+    }
+    let out = OperandMut::U8Uniform { codes: &mut codes, images: &images };
     operand_pass(workers, isa, source, image, norm, activation, out, stride);
-    for (&got, &x) in codes.iter().zip(&wide) {
-        let want = quantized(x, 1.0 / 0.01);
-        assert!(got == want || coarse > 0.0 && got.abs_diff(want) == 1, "{what}: uniform: {got} for {want}");
+    let each = wide.len() / images.len();
+    for (i, (&got, &x)) in codes.iter().zip(&wide).enumerate() {
+        let Coding { scale, zero } = images[i / each];
+        if i % stride >= source.columns() {
+            continue; // meets weights that are zero
+        }
+        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        let want =
+            (x.mul_add(inverse, (zero - 128) as f32).round_ties_even().clamp(-127.0, 127.0) + 128.0) as u8;
+        assert!(
+            got.abs_diff(want) <= u8::from(coarse > 0.0 || isa == Isa::Scalar),
+            "{what}: uniform: {got} for {want}"
+        );
     }
 }
 
@@ -173,7 +195,7 @@ fn threads_and_batches_do_not_change_a_bit() {
         let run = |threads: usize, image: ImageShape, x: &[f32]| {
             let workers = Workers::new(threads);
             let source = Source::one(Rows::F32(x), c);
-            let mut stats = vec![0.0; image.batch * groups * 2];
+            let mut stats = vec![0.0; image.batch * groups * STATS];
             let mut sums = vec![f64::NAN; sums_len(&image, groups)];
             group_stats(&workers, isa, source, image, groups, 1e-6, &mut sums, &mut stats);
             let norm = Norm::Group { stats: &stats, groups, gamma: &gamma, beta: &beta };

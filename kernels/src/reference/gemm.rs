@@ -9,9 +9,10 @@ use crate::view::{ImageShape, Operand, Rows};
 pub fn operand_element(operand: &Operand<'_>, row: usize, stride: usize, i: usize) -> f64 {
     let at = row * stride + i;
     match operand {
-        Operand::U8 { codes, scale } => {
-            let scale = if scale.len() == 1 { scale[0] } else { scale[row] };
-            (f64::from(codes[at]) - 128.0) * f64::from(scale)
+        Operand::U8 { codes, scale } => (f64::from(codes[at]) - 128.0) * f64::from(scale[row]),
+        Operand::U8Uniform { codes, images } => {
+            let image = images[row * images.len() / (codes.len() / stride)];
+            (f64::from(codes[at]) - f64::from(image.zero)) * f64::from(image.scale)
         }
         Operand::Bf16(rows) => rows[at].to_f64(),
         Operand::F32(rows) => f64::from(rows[at]),

@@ -440,15 +440,6 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     #[inline(always)]
     fn store_bf16_pairs(self, a: __m512, b: __m512, dst: &mut [bf16]) {
         let dst = &mut dst[..32];
-        if BF16 {
-            // Lane by lane, `b` in the high half.
-            return tier!({
-                let (a, b) = (self.narrow_bf16(a), self.narrow_bf16(b));
-                let (a, b) = (_mm512_cvtepu16_epi32(a), _mm512_cvtepu16_epi32(b));
-                let pairs = _mm512_or_si512(a, _mm512_slli_epi32::<16>(b));
-                _mm512_storeu_si512(dst.as_mut_ptr().cast(), pairs)
-            });
-        }
         tier!({
             let half = _mm512_set1_epi32(0x8000);
             let low = _mm512_srli_epi32::<16>(_mm512_add_epi32(_mm512_castps_si512(a), half));

@@ -12,7 +12,7 @@ pub(super) const ROWS: usize = 6;
 pub(super) const ROW_BYTES: usize = 16;
 
 /// Bytes of one step of a panel: 4 bytes of each output.
-const STEP_BYTES: usize = 64;
+pub(super) const STEP_BYTES: usize = 64;
 
 /// One instruction set's way to multiply.
 ///
@@ -71,7 +71,7 @@ unsafe fn rows_by_panel<L: ByLane, const R: usize>(t: &TileArgs, first: usize, s
                 }
             }
         }
-        let (mut a, mut b) = (t.a.add(first * t.a_stride), t.b);
+        let (mut a, mut b) = (t.a[0].add(first * t.a_stride), t.b);
         for _ in 0..t.k / (4 * L::K) {
             let x: [L::Vector; R] = L::load_a(std::array::from_fn(|r| a.add(r * t.a_stride)));
             step::<L, R, 0>(&mut acc, &x, b);

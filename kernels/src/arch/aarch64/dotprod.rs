@@ -39,15 +39,20 @@ impl ByLane for S8S8 {
     }
     #[inline(always)]
     unsafe fn load_a<const R: usize>(a: [*const u8; R]) -> [int8x16_t; R] {
-        // SAFETY: the caller vouches for 16 bytes each. The assembly sets a register.
-        unsafe {
-            let flip: uint8x16_t;
-            asm!("movi {:v}.16b, 0x80", out(vreg) flip, options(nomem, nostack, preserves_flags));
-            a.map(|a| {
+        // Sums, rows and weights want all 32 registers. So the constant is made anew each time (a volatile block stays in
+        // the loop), and no more than one row waits to be flipped.
+        let flip: uint8x16_t;
+        // SAFETY: sets a register.
+        unsafe { asm!("movi {0:v}.16b, 0x80", out(vreg) flip, options(nomem, nostack, preserves_flags)) }
+        a.map(|a| {
             let x: int8x16_t;
-            asm!("ldr {0:q}, [{2}]", "eor {0:v}.16b, {0:v}.16b, {1:v}.16b", out(vreg) x, in(vreg) flip, in(reg) a, options(readonly, nostack, preserves_flags));
-            x})
-        }
+            // SAFETY: the caller vouches for the 16 bytes.
+            unsafe {
+                asm!("ldr {x:q}, [{a}]", "eor {x:v}.16b, {x:v}.16b, {flip:v}.16b", x = out(vreg) x,
+                    flip = in(vreg) flip, a = in(reg) a, options(readonly, nostack, preserves_flags));
+            }
+            x
+        })
     }
     #[inline(always)]
     unsafe fn load_b(b: *const u8) -> int8x16_t {
@@ -74,13 +79,14 @@ const MR: usize = 48;
 /// The machine has dotprod, and there is a panel of `t.k` inputs at `t.b`.
 #[inline(always)]
 unsafe fn offset(t: &TileArgs) -> [int32x4_t; VECTORS] {
-    // SAFETY: a block of four inputs is 64 bytes.
+    // SAFETY: a step has four inputs.
     unsafe {
         let one = vdupq_n_s8(1);
         let mut sums = [S8S8::zero(); VECTORS];
-        for block in 0..t.k / S8S8::K {
+        for step in 0..t.k / S8S8::K {
             for (v, sum) in sums.iter_mut().enumerate() {
-                *sum = S8S8::multiply::<0>(*sum, one, S8S8::load_b(t.b.add(64 * block + 16 * v)));
+                let b = S8S8::load_b(t.b.add(step * by_lane::STEP_BYTES + 16 * v));
+                *sum = S8S8::multiply::<0>(*sum, one, b);
             }
         }
         sums.map(|sum| vshlq_n_s32::<7>(sum))
@@ -117,5 +123,6 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     tile: gemm_u8s8_48x16_dotprod,
     peak: Peak { run: peak, ops: by_lane::peak_ops::<S8S8>() },
     steps: &super::STEPS,
+    taps: 1,
     leave: || (),
 };

@@ -3,6 +3,8 @@
 //!
 //! A panel has 4 bytes of an output together. A zip of two blocks brings 8 together; it is done for a strip of inputs into a
 //! buffer that stays in L1, and serves all rows of a tile. Pairs of rows are joined on registers, once per 8 products.
+//!
+//! `bfmmla` rounds its sums to odd and takes subnormal numbers for zero, whatever the thread's rounding mode.
 
 use std::arch::aarch64::*;
 use std::arch::asm;
@@ -168,7 +170,7 @@ unsafe fn tile<M: Matrix>(t: &TileArgs, steps: usize) {
             let (b, accumulate) = (strip.0.as_ptr().cast::<u8>(), t.accumulate || done > 0);
             for first in (0..t.rows).step_by(ROWS) {
                 let rows = ROWS.min(t.rows - first);
-                let a = t.a.add(first * t.a_stride + done * ROW_BYTES);
+                let a = t.a[0].add(first * t.a_stride + done * ROW_BYTES);
                 let c = t.c.add(first * C_STRIDE);
                 match rows.div_ceil(2) {
                     1 => piece::<M, 1>(a, t.a_stride, rows, b, now, c, accumulate),
@@ -245,6 +247,7 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     tile: gemm_u8s8_48x16_i8mm,
     peak: Peak { run: peak_u8s8, ops: peak_ops(1) },
     steps: &super::STEPS,
+    taps: 1,
     leave: || (),
 };
 
@@ -260,5 +263,6 @@ pub(crate) static GEMM_BF16: GemmKernel = GemmKernel {
     tile: gemm_bf16_48x16_i8mm,
     peak: Peak { run: peak_bf16, ops: peak_ops(2) },
     steps: &super::STEPS,
+    taps: 1,
     leave: || (),
 };

@@ -49,7 +49,7 @@ unsafe fn piece<const R: usize>(t: &TileArgs, first: usize, start: &[int32x4_t; 
     // SAFETY: all offsets stay within what the caller vouches for: R rows from `first` on, 16 columns, k inputs.
     unsafe {
         let mut sums = [[[vdupq_n_s32(0); 2]; VECTORS]; R];
-        let (mut a, mut b) = (t.a.add(first * t.a_stride), t.b);
+        let (mut a, mut b) = (t.a[0].add(first * t.a_stride), t.b);
         for _ in 0..t.k / ROW_BYTES {
             let x: [[int8x16_t; 2]; R] = std::array::from_fn(|r| {
                 let codes = veor_u8(vld1_u8(a.add(r * t.a_stride)), vdup_n_u8(0x80));
@@ -196,6 +196,7 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     tile: gemm_u8s8_24x16_neon,
     peak: Peak { run: peak_u8s8, ops: 2 * ROWS * VECTORS * 32 },
     steps: &super::STEPS,
+    taps: 1,
     leave: || (),
 };
 
@@ -211,5 +212,6 @@ pub(crate) static GEMM_F32: GemmKernel = GemmKernel {
     tile: gemm_f32_6x16_neon,
     peak: Peak { run: peak_f32, ops: by_lane::peak_ops::<F32>() },
     steps: &super::STEPS,
+    taps: 1,
     leave: || (),
 };

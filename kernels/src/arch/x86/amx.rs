@@ -6,11 +6,12 @@
 
 use std::arch::asm;
 use std::cell::Cell;
+use std::mem::offset_of;
 
 use crate::Isa;
 use crate::gemm::steps::steps;
 use crate::gemm::table::{GemmKernel, Peak, Types};
-use crate::gemm::tile::{TILE_COLUMNS, TileArgs};
+use crate::gemm::tile::{MAX_TAPS, TILE_COLUMNS, TileArgs};
 
 steps!(
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
@@ -82,42 +83,90 @@ fn release() {
     }
 }
 
-/// An asm block: `load` (sums), `step` (through k) and `store` lines.
+/// What an asm block reads from memory, as it has more to know than there are registers.
+#[repr(C)]
+struct Block {
+    /// Row 0 of each tap.
+    a: *const *const u8,
+    taps: usize,
+    /// Through the inputs of a tap.
+    steps: usize,
+    a_stride: usize,
+    b: *const u8,
+    b_stride: usize,
+    b_tap: usize,
+    c: *mut u8,
+    accumulate: usize,
+}
+
+/// An asm block: `zero` or `load` (sums), `step` through k of each tap, and `store` lines. Sums are at `{a0} + {a_stride}`, the
+/// second row tile's at `+ 2048`.
 macro_rules! block {
-    ($t:ident, $steps:expr, zero: [$($zero:literal)+], load: [$($load:literal)+], step: [$($step:expr),+ $(,)?],
+    ($block:ident, zero: [$($zero:literal)+], load: [$($load:literal)+], step: [$($step:expr),+ $(,)?],
      store: [$($store:literal)+]) => {
         asm!(
-            "/* {c1} is for a second row tile */",
-            "test {accumulate}, {accumulate}",
-            "jnz 2f",
+            "/* {a1} is for a second row tile, {b1} for a second panel */",
+            "cmp qword ptr [{block} + {accumulate}], 0",
+            "jne 2f",
             $($zero,)+
             "jmp 3f",
             "2:",
+            "mov {a0}, [{block} + {c}]",
+            "mov {a_stride}, {c_stride}",
             $($load,)+
             "3:",
-            "test {steps}, {steps}",
-            "jz 5f",
+            "mov {taps}, [{block} + {taps_at}]",
+            "mov {a}, [{block} + {a_at}]",
+            "mov {b}, [{block} + {b_at}]",
+            "mov {a_stride}, [{block} + {a_stride_at}]",
             "4:",
+            "mov {a0}, [{a}]",
+            "mov {a1}, {a_stride}",
+            "shl {a1}, 4",
+            "add {a1}, {a0}",
+            "mov {b0}, {b}",
+            "mov {b1}, [{block} + {b_stride_at}]",
+            "add {b1}, {b0}",
+            "mov {steps}, [{block} + {steps_at}]",
+            "test {steps}, {steps}",
+            "jz 6f",
+            "5:",
             $($step,)+
             "add {a0}, 64",
             "add {a1}, 64",
             "add {b0}, 1024",
             "add {b1}, 1024",
             "dec {steps}",
+            "jnz 5b",
+            "6:",
+            "add {a}, 8",
+            "add {b}, [{block} + {b_tap_at}]",
+            "dec {taps}",
             "jnz 4b",
-            "5:",
+            "mov {a0}, [{block} + {c}]",
+            "mov {a_stride}, {c_stride}",
             $($store,)+
-            accumulate = in(reg) usize::from($t.accumulate),
-            steps = inout(reg) $steps => _,
-            a0 = inout(reg) $t.a => _,
-            a1 = inout(reg) $t.a.wrapping_add(ROWS * $t.a_stride) => _,
-            a_stride = in(reg) $t.a_stride,
-            b0 = inout(reg) $t.b => _,
-            b1 = inout(reg) $t.b.wrapping_add($t.b_stride) => _,
-            b_stride = in(reg) ROW_BYTES,
-            c0 = in(reg) $t.c,
-            c1 = in(reg) $t.c.wrapping_add(ROWS * C_STRIDE),
-            c_stride = in(reg) C_STRIDE,
+            block = in(reg) &$block,
+            accumulate = const offset_of!(Block, accumulate),
+            c = const offset_of!(Block, c),
+            taps_at = const offset_of!(Block, taps),
+            a_at = const offset_of!(Block, a),
+            b_at = const offset_of!(Block, b),
+            a_stride_at = const offset_of!(Block, a_stride),
+            b_stride_at = const offset_of!(Block, b_stride),
+            b_tap_at = const offset_of!(Block, b_tap),
+            steps_at = const offset_of!(Block, steps),
+            c_stride = const C_STRIDE,
+            b_row = in(reg) ROW_BYTES,
+            taps = out(reg) _,
+            a = out(reg) _,
+            b = out(reg) _,
+            a_stride = out(reg) _,
+            a0 = out(reg) _,
+            a1 = out(reg) _,
+            b0 = out(reg) _,
+            b1 = out(reg) _,
+            steps = out(reg) _,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
@@ -129,43 +178,56 @@ macro_rules! block {
 macro_rules! tile_function {
     ($name:ident, $op:literal, $bytes:literal) => {
         unsafe fn $name(t: &TileArgs) {
-            let steps = t.k * $bytes / ROW_BYTES;
             let two = t.rows > ROWS;
             configure(if two { [16, (t.rows - ROWS) as u8] } else { [t.rows as u8; 2] });
+            let block = Block {
+                a: t.a.as_ptr(),
+                taps: t.taps,
+                steps: t.k * $bytes / ROW_BYTES,
+                a_stride: t.a_stride,
+                b: t.b,
+                b_stride: t.b_stride,
+                b_tap: t.b_tap,
+                c: t.c,
+                accumulate: usize::from(t.accumulate),
+            };
             // SAFETY: the caller vouches for AMX and for what the arguments describe. Registers are as high as the rows
             // they hold, so nothing else is read or written; a second row tile or panel is touched only where it exists.
             unsafe {
                 match (two, t.panels) {
-                    (true, 2) => block!(t, steps,
+                    (true, 2) => block!(block,
                         zero: ["tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3"],
-                        load: ["tileloadd tmm0, [{c0} + {c_stride}]" "tileloadd tmm1, [{c0} + {c_stride} + 64]"
-                               "tileloadd tmm2, [{c1} + {c_stride}]" "tileloadd tmm3, [{c1} + {c_stride} + 64]"],
-                        step: ["tileloadd tmm6, [{b0} + {b_stride}]", "tileloaddt1 tmm4, [{a0} + {a_stride}]",
-                               concat!($op, " tmm0, tmm4, tmm6"), "tileloadd tmm7, [{b1} + {b_stride}]",
+                        load: ["tileloadd tmm0, [{a0} + {a_stride}]" "tileloadd tmm1, [{a0} + {a_stride} + 64]"
+                               "tileloadd tmm2, [{a0} + {a_stride} + 2048]"
+                               "tileloadd tmm3, [{a0} + {a_stride} + 2112]"],
+                        step: ["tileloadd tmm6, [{b0} + {b_row}]", "tileloaddt1 tmm4, [{a0} + {a_stride}]",
+                               concat!($op, " tmm0, tmm4, tmm6"), "tileloadd tmm7, [{b1} + {b_row}]",
                                concat!($op, " tmm1, tmm4, tmm7"), "tileloaddt1 tmm5, [{a1} + {a_stride}]",
                                concat!($op, " tmm2, tmm5, tmm6"), concat!($op, " tmm3, tmm5, tmm7")],
-                        store: ["tilestored [{c0} + {c_stride}], tmm0" "tilestored [{c0} + {c_stride} + 64], tmm1"
-                                "tilestored [{c1} + {c_stride}], tmm2" "tilestored [{c1} + {c_stride} + 64], tmm3"]),
-                    (true, _) => block!(t, steps,
+                        store: ["tilestored [{a0} + {a_stride}], tmm0" "tilestored [{a0} + {a_stride} + 64], tmm1"
+                                "tilestored [{a0} + {a_stride} + 2048], tmm2"
+                                "tilestored [{a0} + {a_stride} + 2112], tmm3"]),
+                    (true, _) => block!(block,
                         zero: ["tilezero tmm0" "tilezero tmm2"],
-                        load: ["tileloadd tmm0, [{c0} + {c_stride}]" "tileloadd tmm2, [{c1} + {c_stride}]"],
-                        step: ["tileloadd tmm6, [{b0} + {b_stride}]", "tileloaddt1 tmm4, [{a0} + {a_stride}]",
+                        load: ["tileloadd tmm0, [{a0} + {a_stride}]" "tileloadd tmm2, [{a0} + {a_stride} + 2048]"],
+                        step: ["tileloadd tmm6, [{b0} + {b_row}]", "tileloaddt1 tmm4, [{a0} + {a_stride}]",
                                concat!($op, " tmm0, tmm4, tmm6"), "tileloaddt1 tmm5, [{a1} + {a_stride}]",
                                concat!($op, " tmm2, tmm5, tmm6")],
-                        store: ["tilestored [{c0} + {c_stride}], tmm0" "tilestored [{c1} + {c_stride}], tmm2"]),
-                    (false, 2) => block!(t, steps,
+                        store: ["tilestored [{a0} + {a_stride}], tmm0"
+                                "tilestored [{a0} + {a_stride} + 2048], tmm2"]),
+                    (false, 2) => block!(block,
                         zero: ["tilezero tmm0" "tilezero tmm1"],
-                        load: ["tileloadd tmm0, [{c0} + {c_stride}]" "tileloadd tmm1, [{c0} + {c_stride} + 64]"],
-                        step: ["tileloaddt1 tmm4, [{a0} + {a_stride}]", "tileloadd tmm6, [{b0} + {b_stride}]",
-                               concat!($op, " tmm0, tmm4, tmm6"), "tileloadd tmm7, [{b1} + {b_stride}]",
+                        load: ["tileloadd tmm0, [{a0} + {a_stride}]" "tileloadd tmm1, [{a0} + {a_stride} + 64]"],
+                        step: ["tileloaddt1 tmm4, [{a0} + {a_stride}]", "tileloadd tmm6, [{b0} + {b_row}]",
+                               concat!($op, " tmm0, tmm4, tmm6"), "tileloadd tmm7, [{b1} + {b_row}]",
                                concat!($op, " tmm1, tmm4, tmm7")],
-                        store: ["tilestored [{c0} + {c_stride}], tmm0" "tilestored [{c0} + {c_stride} + 64], tmm1"]),
-                    (false, _) => block!(t, steps,
+                        store: ["tilestored [{a0} + {a_stride}], tmm0" "tilestored [{a0} + {a_stride} + 64], tmm1"]),
+                    (false, _) => block!(block,
                         zero: ["tilezero tmm0"],
-                        load: ["tileloadd tmm0, [{c0} + {c_stride}]"],
-                        step: ["tileloaddt1 tmm4, [{a0} + {a_stride}]", "tileloadd tmm6, [{b0} + {b_stride}]",
+                        load: ["tileloadd tmm0, [{a0} + {a_stride}]"],
+                        step: ["tileloaddt1 tmm4, [{a0} + {a_stride}]", "tileloadd tmm6, [{b0} + {b_row}]",
                                concat!($op, " tmm0, tmm4, tmm6")],
-                        store: ["tilestored [{c0} + {c_stride}], tmm0"]),
+                        store: ["tilestored [{a0} + {a_stride}], tmm0"]),
                 }
             }
         }
@@ -226,6 +288,7 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     tile: gemm_u8s8_32x32_amx,
     peak: Peak { run: peak_u8s8, ops: peak_ops(1) },
     steps: &STEPS,
+    taps: MAX_TAPS,
     leave: release,
 };
 
@@ -241,5 +304,6 @@ pub(crate) static GEMM_BF16: GemmKernel = GemmKernel {
     tile: gemm_bf16_32x32_amx,
     peak: Peak { run: peak_bf16, ops: peak_ops(2) },
     steps: &STEPS,
+    taps: MAX_TAPS,
     leave: release,
 };

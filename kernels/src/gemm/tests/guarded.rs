@@ -72,9 +72,11 @@ fn buffers_end_where_memory_ends() {
             let weight = Weight::new(encoding, shape, bytes.get());
             let (h, w) = filter.output(&input);
             let (codes, scale) = (Guarded::new(&left.codes), Guarded::new(&left.scale));
+            let images = Guarded::new(&left.images);
             let (rows_bf16, rows_f32) = (Guarded::new(&left.bf16), Guarded::new(&left.f32));
             let operand = match rank {
-                Rank::U8 | Rank::U8Uniform => Operand::U8 { codes: codes.get(), scale: scale.get() },
+                Rank::U8 => Operand::U8 { codes: codes.get(), scale: scale.get() },
+                Rank::U8Uniform => Operand::U8Uniform { codes: codes.get(), images: images.get() },
                 Rank::Bf16 => Operand::Bf16(rows_bf16.get()),
                 Rank::F32 => Operand::F32(rows_f32.get()),
             };
