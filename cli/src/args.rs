@@ -28,6 +28,8 @@ pub enum Command {
     Gen(Box<Gen>),
     /// Show what a run will hold in memory, before it begins.
     Plan(Box<Plan>),
+    /// Show what quantization costs: errors along fixed trajectories, and pictures side by side.
+    Compare(Box<Compare>),
     /// Show the settings inside a picture, or what a model is.
     Info(Info),
     /// Measure the speed of this machine.
@@ -129,6 +131,59 @@ pub struct Plan {
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
+    /// How much is said.
+    #[command(flatten)]
+    pub voice: Voice,
+}
+
+/// `sdfast compare`
+#[derive(Debug, Args)]
+pub struct Compare {
+    /// Models; the first one, at exact, is what all are compared with.
+    #[arg(required = true, value_name = "MODEL.sdq")]
+    pub models: Vec<PathBuf>,
+    /// Folder for the table and the contact sheet.
+    #[arg(short, long, value_name = "FOLDER")]
+    pub output: PathBuf,
+    /// What is to be seen; may be repeated.
+    #[arg(short, long, value_name = "TEXT")]
+    pub prompt: Vec<String>,
+    /// File with a prompt on each line.
+    #[arg(long, value_name = "FILE.txt")]
+    pub prompts: Option<PathBuf>,
+    /// First seed.
+    #[arg(long, value_name = "S", default_value = "0")]
+    pub seed: u64,
+    /// Seeds for each prompt.
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
+    pub count: u32,
+    /// Sampler steps [default: the model's].
+    #[arg(long, value_name = "N")]
+    pub steps: Option<usize>,
+    /// Guidance; 1 is none [default: the model's].
+    #[arg(long, value_name = "X")]
+    pub cfg: Option<f32>,
+    /// Sampler [default: the model's].
+    #[arg(long, value_name = "NAME")]
+    pub sampler: Option<String>,
+    /// Width in pixels [default: the model's].
+    #[arg(short = 'W', long, value_name = "PX")]
+    pub width: Option<usize>,
+    /// Height in pixels [default: the model's].
+    #[arg(short = 'H', long, value_name = "PX")]
+    pub height: Option<usize>,
+    /// Precisions that are compared: some of fast, high, exact.
+    #[arg(long, value_name = "LEVELS", value_delimiter = ',', default_value = "fast,high")]
+    pub precision: Vec<PrecisionArg>,
+    /// List the weights that changed most.
+    #[arg(long)]
+    pub weights: bool,
+    /// Threads [default: all processors].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Use no better instruction sets than these [default: the machine's best].
+    #[arg(long, value_name = "TIER", value_parser = isa)]
+    pub isa: Option<Isa>,
     /// How much is said.
     #[command(flatten)]
     pub voice: Voice,
@@ -292,6 +347,10 @@ pub struct Convert {
     /// Folder in the layout of diffusers with the configuration of an unusual model.
     #[arg(long, value_name = "FOLDER")]
     pub config: Option<PathBuf>,
+    /// Make pictures of the prompts in this file (one on each line) to learn what the layers see, and round accordingly:
+    /// half the error for minutes more.
+    #[arg(long, value_name = "FILE.txt")]
+    pub calibrate: Option<PathBuf>,
     /// Write what became of each tensor.
     #[arg(long, value_name = "FILE.json")]
     pub report: Option<PathBuf>,

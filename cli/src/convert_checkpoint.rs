@@ -27,6 +27,7 @@ pub(crate) fn run(arguments: Convert) -> Result<()> {
         family: arguments.family.map(Into::into),
         prediction: arguments.prediction.map(Into::into),
         config: arguments.config,
+        calibrate: arguments.calibrate,
         report: arguments.report,
         threads: arguments.threads.map(usize::from),
         force: arguments.force,

@@ -7,6 +7,7 @@ pub mod args;
 mod bench_gemm;
 mod bench_model;
 mod cache;
+mod compare;
 mod convert_checkpoint;
 mod demo;
 mod failure;
@@ -58,6 +59,7 @@ pub fn sdfast(arguments: Sdfast) -> Result<()> {
         Command::Gen(arguments) => generate::run(&arguments),
         Command::Bench(Bench::Gemm(arguments)) => bench_gemm::run(&arguments),
         Command::Bench(Bench::Model(arguments)) => bench_model::run(&arguments),
+        Command::Compare(arguments) => compare::run(&arguments),
         Command::Plan(arguments) => plan::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),
         Command::Kernels => list_kernels::run(),

@@ -12,22 +12,28 @@ const KEYWORD: &str = "parameters";
 /// First bytes of every PNG file.
 pub(crate) const SIGNATURE: [u8; 8] = *b"\x89PNG\r\n\x1a\n";
 
-/// The bytes of a PNG file.
+/// The bytes of a PNG file with settings inside.
 pub(crate) fn encode(picture: &Picture, parameters: String) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(picture.rgb8.len() / 2);
-    let (width, height) = (picture.width as u32, picture.height as u32);
-    let mut encoder = png::Encoder::new(&mut bytes, width, height);
+    encode_rgb8(&picture.rgb8, picture.width, Some(parameters))
+}
+
+/// The bytes of a PNG file of the pixels `[height, width, 3]`.
+pub(crate) fn encode_rgb8(pixels: &[u8], width: usize, parameters: Option<String>) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(pixels.len() / 2);
+    let height = pixels.len() / 3 / width;
+    let mut encoder = png::Encoder::new(&mut bytes, width as u32, height as u32);
     encoder.set_color(png::ColorType::Rgb);
     encoder.set_depth(png::BitDepth::Eight);
-    // tEXt is Latin-1; everything else needs iTXt.
-    let latin1 = parameters.chars().all(|c| u32::from(c) < 256 && c != '\0');
-    let added = if latin1 {
-        encoder.add_text_chunk(KEYWORD.into(), parameters)
-    } else {
-        encoder.add_itxt_chunk(KEYWORD.into(), parameters)
+    let added = match parameters {
+        None => Ok(()),
+        // tEXt is Latin-1; everything else needs iTXt.
+        Some(text) if text.chars().all(|c| u32::from(c) < 256 && c != '\0') => {
+            encoder.add_text_chunk(KEYWORD.into(), text)
+        }
+        Some(text) => encoder.add_itxt_chunk(KEYWORD.into(), text),
     };
     let written = added.and_then(|()| encoder.write_header()).and_then(|mut writer| {
-        writer.write_image_data(&picture.rgb8)?;
+        writer.write_image_data(pixels)?;
         writer.finish()
     });
     written.expect("an RGB picture of its size goes into memory");

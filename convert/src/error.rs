@@ -123,6 +123,9 @@ pub enum Error {
     /// The output can't be written.
     #[error(transparent)]
     Format(#[from] engine::format::Error),
+    /// Calibration can't make its pictures.
+    #[error("calibration failed: {0}")]
+    Calibration(#[from] engine::error::Error),
     /// The caller asked to stop.
     #[error("stopped")]
     Stopped,
@@ -156,6 +159,7 @@ impl Error {
             Error::Rule { .. } => "a rule is GLOB=ENCODING, for example --keep 'vae.*=f16'",
             Error::Exists { .. } => "--force replaces it",
             Error::Format(e) => return e.hint().map(String::from),
+            Error::Calibration(e) => return e.hint(),
             Error::Stopped => return None,
         };
         Some(text.to_owned())

@@ -4,6 +4,7 @@
 //! (`policy`) into the file (`pack`). What a model needs is asked of the engine's description of its networks.
 #![forbid(unsafe_code)]
 
+mod calibrate;
 mod dtype;
 mod error;
 mod family;
@@ -29,6 +30,7 @@ pub use inspect::{Inspection, PartInfo, inspect};
 pub use policy::{Quant, encodings};
 pub use report::{Summary, TensorReport, Total};
 
+use calibrate::Calibration;
 use family::{Recognized, Sources, Wishes};
 use pack::{Job, Settings, Stats};
 use policy::Policy;
@@ -55,6 +57,8 @@ pub struct Options {
     pub config: Option<PathBuf>,
     /// Where to write the [`Summary`] as JSON, with the error of each tensor.
     pub report: Option<PathBuf>,
+    /// A file with a prompt on each line, whose pictures show what the layers see: rounding errors are then fed back.
+    pub calibrate: Option<PathBuf>,
     /// Threads; without it one for each core.
     pub threads: Option<usize>,
     /// Replace an existing output, leave unexpected tensors out, put zeros for values that are not finite.
@@ -113,9 +117,8 @@ pub fn convert(options: &Options, progress: &(dyn Fn(Progress<'_>) + Sync)) -> R
     let parts: Vec<_> = parts
         .into_iter()
         .map(|(part, specs)| {
-            let with =
-                specs.into_iter().map(|spec| (policy.encoding(part, &spec), spec)).map(|(e, s)| (s, e));
-            (part, with.collect::<Vec<_>>())
+            let encodings = policy.encodings(part, &specs);
+            (part, specs.into_iter().zip(encodings).collect::<Vec<_>>())
         })
         .collect();
     let tokenizer = tokenizer::choose(sources.model.tokenizer.as_ref());
@@ -131,12 +134,15 @@ pub fn convert(options: &Options, progress: &(dyn Fn(Progress<'_>) + Sync)) -> R
         jobs.push(Job { spec: spec.clone(), encoding: *encoding, view, bytes: tensor.len });
     }
 
+    let calibration = options.calibrate.as_deref();
+    let calibration = calibration.map(|path| Calibration::new(options, path, &output)).transpose()?;
     let writer = Writer::create(&output, layout)?;
     let settings = Settings {
         measure: options.report.is_some(),
         force: options.force,
         stop: options.stop.as_deref(),
         progress,
+        calibration: calibration.as_ref(),
     };
     let pool = rayon::ThreadPoolBuilder::new().num_threads(options.threads.unwrap_or(0)).build();
     let pool = pool.map_err(|e| Error::Io {

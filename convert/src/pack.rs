@@ -11,11 +11,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use engine::format::Writer;
 use engine::graph::weight::{OutputOrder, WeightKind, WeightSpec};
 use half::f16;
+use kernels::Isa;
 use kernels::layout::{Encoding, TILE_N, WeightShape};
-use kernels::quantize;
+use kernels::quantize::{self, Feedback};
 use rayon::prelude::*;
 
 use crate::Progress;
+use crate::calibrate::Calibration;
 use crate::error::Error;
 use crate::family::{Sources, Take, View};
 use crate::source::{RawTensor, Source};
@@ -56,6 +58,7 @@ pub(crate) struct Settings<'a> {
     pub(crate) force: bool,
     pub(crate) stop: Option<&'a AtomicBool>,
     pub(crate) progress: &'a (dyn Fn(Progress<'_>) + Sync),
+    pub(crate) calibration: Option<&'a Calibration>,
 }
 
 /// Checks that the checkpoint's shape is the one that the network has.
@@ -94,15 +97,16 @@ pub(crate) fn run(
         }
         let first = stats.len();
         let batch = &jobs[first..first + batch_len(&jobs[first..])];
+        if let Some(calibration) = settings.calibration {
+            calibration.prepare(&jobs[first..], batch.len(), settings.stop)?;
+        }
         if !wide_is_next && batch.len() == 1 && batch[0].bytes > BATCH_BYTES {
             wide.write(writer)?;
             wide_is_next = true;
         }
         let (next, made) = if wide_is_next { (&mut wide, &mut narrow) } else { (&mut narrow, &mut wide) };
-        let (written, found) = rayon::join(
-            || made.write(writer),
-            || next.encode(sources, first, batch, settings.measure, &scratch),
-        );
+        let (written, found) =
+            rayon::join(|| made.write(writer), || next.encode(sources, first, batch, settings, &scratch));
         written?;
         let found = found?;
         for (job, found) in batch.iter().zip(&found) {
@@ -176,10 +180,16 @@ impl Batch {
         sources: &Sources,
         first: usize,
         jobs: &[Job],
-        measure: bool,
+        settings: &Settings<'_>,
         scratch: &Mutex<Vec<Scratch>>,
     ) -> Result<Vec<Stats>, Error> {
-        let rows: Vec<Rows<'_>> = jobs.iter().map(|job| Rows::new(sources, job)).collect::<Result<_, _>>()?;
+        let rows: Vec<Rows<'_>> = jobs
+            .par_iter()
+            .map(|job| {
+                let feedback = settings.calibration.and_then(|c| Some((c.feedback(job)?, c.isa())));
+                Ok(Rows { feedback, ..Rows::new(sources, job)? })
+            })
+            .collect::<Result<_, Error>>()?;
         self.first = first;
         self.lens = jobs.iter().map(|job| job.bytes as usize).collect();
         self.bytes.resize(self.lens.iter().sum(), 0);
@@ -194,7 +204,7 @@ impl Batch {
         }
         let run = |task: Task<'_>| {
             let mut own = scratch.lock().expect("no task panics with it").pop().unwrap_or_default();
-            let stats = rows[task.job].encode(task.rows, task.out, &mut own, measure)?;
+            let stats = rows[task.job].encode(task.rows, task.out, &mut own, settings.measure)?;
             scratch.lock().expect("no task panics with it").push(own);
             Ok((task.job, stats))
         };
@@ -237,6 +247,8 @@ struct Rows<'a> {
     len: usize,
     taps: usize,
     order: OutputOrder,
+    /// Where rounding errors go, after calibration.
+    feedback: Option<(Feedback, Isa)>,
 }
 
 impl<'a> Rows<'a> {
@@ -261,7 +273,8 @@ impl<'a> Rows<'a> {
             (false, _) => Some(source.read_all(tensor)?),
         };
         let first = if let Take::Third(third) = job.view.take { third * count } else { 0 };
-        Ok(Rows { job, source, tensor, held, first, count, stored: order.stored(count), len, taps, order })
+        let stored = order.stored(count);
+        Ok(Rows { job, source, tensor, held, first, count, stored, len, taps, order, feedback: None })
     }
 
     /// Rows of a task, and the bytes they become.
@@ -306,7 +319,13 @@ impl<'a> Rows<'a> {
         };
         match self.job.spec.kind {
             WeightKind::Matrix { .. } => {
-                quantize::encode(self.job.encoding, self.shape(rows.len()), values, out);
+                let (encoding, shape) = (self.job.encoding, self.shape(rows.len()));
+                match &self.feedback {
+                    Some((feedback, isa)) => {
+                        quantize::encode_with(encoding, shape, values, feedback, *isa, out);
+                    }
+                    None => quantize::encode(encoding, shape, values, out),
+                }
             }
             WeightKind::Vector { .. } => {
                 out.as_chunks_mut().0.iter_mut().zip(values).for_each(|(o, v)| *o = v.to_le_bytes());

@@ -58,16 +58,18 @@ impl Policy {
         Ok(Policy { quant, keep })
     }
 
-    /// How the tensor is stored.
-    pub(crate) fn encoding(&self, part: &str, spec: &WeightSpec) -> Encoding {
-        match spec.kind {
+    /// How the tensors of a part are stored.
+    pub(crate) fn encodings(&self, part: &str, specs: &[WeightSpec]) -> Vec<Encoding> {
+        let last = last_block(specs);
+        let encoding = |spec: &WeightSpec| match spec.kind {
             WeightKind::Vector { .. } => Encoding::F32,
             WeightKind::Table { .. } => Encoding::F16,
             WeightKind::Matrix { .. } => {
                 let kept = self.keep.iter().rev().find(|(glob, _)| matches(glob, &spec.name));
-                kept.map_or_else(|| by_role(self.quant, part, spec.role), |(_, encoding)| *encoding)
+                kept.map_or_else(|| default(self.quant, part, spec, &last), |(_, encoding)| *encoding)
             }
-        }
+        };
+        specs.iter().map(encoding).collect()
     }
 
     /// A rule that fits none of these tensors is a mistake.
@@ -83,27 +85,39 @@ impl Policy {
     }
 }
 
-/// The default: what is small and met by every pixel or every step stays in 16 bits; of 4 bits only the UNet's large
-/// matrices are made.
-fn by_role(quant: Quant, part: &str, role: Role) -> Encoding {
-    match (quant, role) {
+/// The default. In 16 bits stay layers that are small, and those that read what no norm has leveled out: a few wide
+/// channels there leave 8-bit rows no room for the others (16-bit weights meet 16-bit activations). Of 4 bits only the
+/// UNet's large matrices are made, and none in its last block: few weights at the finest resolution, whose errors nothing
+/// behind them makes smaller. `docs/quantization.md` has the measurements.
+fn default(quant: Quant, part: &str, spec: &WeightSpec, last_block: &str) -> Encoding {
+    match (quant, spec.role) {
         (Quant::F16, _) => Encoding::F16,
         (_, Role::ConvIn | Role::ConvOut | Role::QuantConv | Role::Pooled) => Encoding::F16,
         (Quant::Q8, Role::Embedding) => Encoding::F16,
+        (Quant::Q8, Role::Shortcut) if part == "unet" => Encoding::F16,
         (Quant::Q8, _) => Encoding::Q8,
         (Quant::Q4, Role::Embedding | Role::Shortcut | Role::Projection) => Encoding::Q8,
-        (Quant::Q4, _) if part == "unet" => Encoding::Q4,
+        (Quant::Q4, Role::TimeShift) => Encoding::Q4,
+        (Quant::Q4, _) if part == "unet" && !spec.name.starts_with(last_block) => Encoding::Q4,
         (Quant::Q4, _) => Encoding::Q8,
     }
 }
 
-/// The encodings that a conversion with `quant` gives to `wanted` (`None` for vectors and tables).
+/// What the names of weights in the UNet's last block begin with.
+fn last_block(specs: &[WeightSpec]) -> String {
+    const BLOCKS: &str = "unet.up_blocks.";
+    let number = |spec: &WeightSpec| spec.name.strip_prefix(BLOCKS)?.split('.').next()?.parse::<usize>().ok();
+    format!("{BLOCKS}{}.", specs.iter().filter_map(number).max().unwrap_or(0))
+}
+
+/// The encodings that a conversion with `quant` gives to `wanted`, which are those of one part (`None` for vectors and
+/// tables).
 pub fn encodings(quant: Quant, wanted: &[WeightSpec]) -> Vec<Option<Encoding>> {
-    let each = |spec: &WeightSpec| {
-        let part = spec.name.split('.').next().unwrap_or_default();
-        matches!(spec.kind, WeightKind::Matrix { .. }).then(|| by_role(quant, part, spec.role))
-    };
-    wanted.iter().map(each).collect()
+    let part = wanted.first().and_then(|spec| spec.name.split('.').next()).unwrap_or_default();
+    let policy = Policy { quant, keep: vec![] };
+    let matrix = |spec: &WeightSpec| matches!(spec.kind, WeightKind::Matrix { .. });
+    let each = policy.encodings(part, wanted).into_iter().zip(wanted);
+    each.map(|(encoding, spec)| matrix(spec).then_some(encoding)).collect()
 }
 
 /// Whether a glob of `*` (any run of characters) and `?` (any one) fits the whole name.
@@ -152,12 +166,25 @@ mod tests {
     }
 
     #[test]
+    fn the_last_block_keeps_eight_bits() {
+        let kind = WeightKind::Matrix { n: 64, kh: 1, kw: 1, k: 64, order: Default::default() };
+        let spec = |name: &str| WeightSpec { name: name.into(), kind, role: Role::MlpIn };
+        let specs =
+            ["unet.up_blocks.9.a.weight", "unet.up_blocks.10.a.weight", "unet.mid_block.a.weight"].map(spec);
+        let got = Policy::new(Quant::Q4, &[]).unwrap().encodings("unet", &specs);
+        assert_eq!(got, [Encoding::Q4, Encoding::Q8, Encoding::Q4]);
+    }
+
+    #[test]
     fn rules() {
         let kind = WeightKind::Matrix { n: 1, kh: 1, kw: 1, k: 1, order: Default::default() };
         let spec = WeightSpec { name: "vae.decoder.x.weight".into(), kind, role: Role::Conv };
         let rules = ["vae.*=f16".to_owned(), "*.x.weight=bf16".to_owned()];
-        assert_eq!(Policy::new(Quant::Q8, &rules).unwrap().encoding("vae_decoder", &spec), Encoding::Bf16);
-        assert_eq!(Policy::new(Quant::Q8, &[]).unwrap().encoding("vae_decoder", &spec), Encoding::Q8);
+        let encoding = |rules: &[String]| {
+            Policy::new(Quant::Q8, rules).unwrap().encodings("vae_decoder", std::slice::from_ref(&spec))
+        };
+        assert_eq!(encoding(&rules), [Encoding::Bf16]);
+        assert_eq!(encoding(&[]), [Encoding::Q8]);
         assert!(Policy::new(Quant::Q8, &["unet.*=f16".into()]).unwrap().check([&spec].into_iter()).is_err());
         assert!(Policy::new(Quant::Q8, &["vae.*".into()]).is_err());
         assert!(Policy::new(Quant::Q8, &["vae.*=q5".into()]).is_err());

@@ -24,7 +24,7 @@ pub struct Summary {
     pub parts: Vec<Total>,
     /// Totals of each encoding of matrices; vectors and tables are `f32` and `f16`.
     pub encodings: Vec<Total>,
-    /// Bits per number over all matrices of the UNet.
+    /// Bits per number of the UNet, over all that it has in the file.
     pub unet_bits_per_weight: f64,
     /// Every tensor, in the order of the file.
     pub tensors: Vec<TensorReport>,
@@ -104,9 +104,9 @@ pub(crate) fn totals<'a>(
     totals
 }
 
-/// Bits per number over all matrices of the UNet.
+/// Bits per number of the UNet: matrices with their scales and padding, norms and biases.
 pub(crate) fn unet_bits(tensors: &[TensorReport]) -> f64 {
-    let matrices = tensors.iter().filter(|t| t.part == "unet" && t.shape.len() > 1);
-    let (bytes, numbers) = matrices.fold((0, 0), |(b, n), t| (b + t.bytes, n + t.parameters()));
+    let unet = tensors.iter().filter(|t| t.part == "unet");
+    let (bytes, numbers) = unet.fold((0, 0), |(b, n), t| (b + t.bytes, n + t.parameters()));
     8.0 * bytes as f64 / (numbers as f64).max(1.0)
 }

@@ -20,8 +20,8 @@ pub const Q4_GROUP: usize = 32;
 pub enum Encoding {
     /// int8, symmetric, an f32 scale per output. Tile: `[k/4 = 16][n = 16][4]` i8, 1024 bytes.
     Q8,
-    /// 4-bit codes with an integer scale per output and [`Q4_GROUP`] inputs; `(code - 8) * group_scale` is the int8 weight
-    /// of [`Encoding::Q8`], within -127..=127. Tile: `[k/8 = 8][n = 16][4]` bytes, 512; the low halves of block `i` are the
+    /// 4-bit codes with an integer scale, of either sign, per output and [`Q4_GROUP`] inputs; `(code - 8) * group_scale` is
+    /// the int8 weight of [`Encoding::Q8`], within -127..=127. Tile: `[k/8 = 8][n = 16][4]` bytes, 512; the low halves of block `i` are the
     /// codes of block `2 i` of a `Q8` tile, the high halves those of block `2 i + 1`.
     Q4,
     /// IEEE half. Tile: `[k/2 = 32][n = 16][2]` u16, 2048 bytes.
@@ -60,7 +60,7 @@ impl Encoding {
     /// Bytes that stand before the tiles of each panel.
     ///
     /// `Q8`: `scale: [f32; 16]`, then `sum: [taps][16]` i32, the sums of each output's int8 weights over each tap. `Q4`:
-    /// the same, then the group scales `[tiles][2][16]` u8, padded to 64 bytes. Float encodings: nothing.
+    /// the same, then the group scales `[tiles][2][16]` i8, padded to 64 bytes. Float encodings: nothing.
     pub const fn header_bytes(self, shape: WeightShape) -> usize {
         let sums = (1 + shape.taps) * TILE_N * 4;
         match self {
@@ -174,7 +174,7 @@ impl<'a> Panel<'a> {
         std::array::from_fn(|n| i32::from_le_bytes(word(self.header, (1 + tap) * TILE_N + n)))
     }
 
-    /// The group scales of tile `t`: `[2][16]`. [`Encoding::Q4`] only.
+    /// The group scales of tile `t`: `[2][16]`, the bytes of i8. [`Encoding::Q4`] only.
     pub fn groups(&self, t: usize) -> &'a [u8] {
         &self.header[(1 + self.taps) * TILE_N * 4..][t * 2 * TILE_N..][..2 * TILE_N]
     }

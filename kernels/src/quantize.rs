@@ -1,14 +1,19 @@
 //! f32 matrices to encoded panels and back.
 #![forbid(unsafe_code)]
 
+mod feedback;
+
 use crate::layout::{Encoding, Q4_GROUP, TILE_K, TILE_N, Weight, WeightShape};
-use crate::{bf16, f16};
+use crate::{Isa, bf16, f16};
+pub use feedback::{Feedback, Line, Moments};
 use half::slice::HalfFloatSliceExt;
 
 /// The largest magnitude of an int8 weight.
 const Q8_MAX: f32 = 127.0;
-/// The largest group scale: the widest code, 7, times it stays within int8.
-const Q4_SCALE_MAX: i32 = 18;
+/// The largest magnitude of a group scale: the code 7 times it stays within int8.
+const Q4_SCALE_MAX: i8 = 18;
+/// What the widest weight of a `Q4` output becomes.
+const Q4_WIDEST: f32 = 7.0 * Q4_SCALE_MAX as f32;
 
 /// Encodes `src`, `[n, taps * k]` row-major f32 (taps outermost), into `out` of `shape.bytes(encoding)` bytes.
 ///
@@ -39,6 +44,119 @@ pub fn encode(encoding: Encoding, shape: WeightShape, src: &[f32], out: &mut [u8
             Encoding::Bf16 => halves(&padded, n, tiles, |x, out: &mut [bf16]| out.convert_from_f32_slice(x)),
             Encoding::F32 => scatter::<4>(bytemuck::cast_slice(&padded), n, tiles),
         }
+    }
+}
+
+/// As [`encode`] for an integer encoding, with the errors of rounding fed back to other inputs.
+///
+/// # Panics
+/// As [`encode`], and where `feedback` is for another number of inputs or the encoding isn't an integer one.
+pub fn encode_with(
+    encoding: Encoding,
+    shape: WeightShape,
+    src: &[f32],
+    feedback: &Feedback,
+    isa: Isa,
+    out: &mut [u8],
+) {
+    let row = shape.taps * shape.k;
+    assert!(encoding.is_integer(), "{encoding:?} needs no feedback");
+    assert_eq!(feedback.inputs(), shape.k, "feedback for {shape:?}");
+    assert_eq!(src.len(), shape.n * row, "source of {shape:?}");
+    assert_eq!(out.len(), shape.bytes(encoding), "{encoding:?} weight {shape:?}");
+    out.fill(0);
+    let mut codes = vec![0i8; shape.tiles() * TILE_K];
+    let panels = out.chunks_exact_mut(shape.panel_bytes(encoding));
+    for (src, panel) in src.chunks((TILE_N * row).max(1)).zip(panels) {
+        let rounded = Rounded::new(encoding, shape, src, feedback, isa);
+        let (header, tiles) = panel.split_at_mut(encoding.header_bytes(shape));
+        for n in 0..rounded.scale.len() {
+            rounded.weights_of(n, shape, &mut codes);
+            write_header(shape, rounded.scale[n], &codes, n, header);
+            if encoding == Encoding::Q8 {
+                scatter::<4>(bytemuck::cast_slice(&codes), n, tiles);
+                continue;
+            }
+            for (g, weights) in codes.as_chunks::<Q4_GROUP>().0.iter().enumerate() {
+                let s = rounded.group_of(n, shape, g);
+                header[(1 + shape.taps) * TILE_N * 4 + g * TILE_N + n] = s as u8;
+                write_nibbles(&weights.map(|w| (w / s + 8) as u8), g, n, tiles);
+            }
+        }
+    }
+}
+
+/// The int8 weights of a panel, rounded with feedback. A lane is one output at one tap.
+struct Rounded {
+    /// Of each output.
+    scale: Vec<f32>,
+    lanes: usize,
+    /// `[k][lanes]`.
+    weights: Vec<i8>,
+    /// `[k / Q4_GROUP][lanes]`; 1 for [`Encoding::Q8`].
+    groups: Vec<i8>,
+}
+
+impl Rounded {
+    /// Rounds `src`, up to 16 rows `[taps, k]`.
+    fn new(encoding: Encoding, shape: WeightShape, src: &[f32], feedback: &Feedback, isa: Isa) -> Rounded {
+        let (taps, k) = (shape.taps, shape.k);
+        let limit = if encoding == Encoding::Q8 { Q8_MAX } else { Q4_WIDEST };
+        let scale: Vec<f32> = src.chunks_exact(taps * k).map(|row| amax(row) / limit).collect();
+        let lanes = scale.len() * taps;
+        let mut wanted = vec![0.0f32; k * lanes]; // in units of the scales
+        for (lane, row) in src.chunks_exact(k).enumerate() {
+            let scale = scale[lane / taps];
+            let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+            row.iter().enumerate().for_each(|(i, x)| wanted[i * lanes + lane] = x * inverse);
+        }
+        // Wanted, with the errors of later inputs made up for.
+        let mut adjusted = wanted.clone();
+        let mut weights = vec![0i8; k * lanes];
+        let mut groups = vec![1i8; k.div_ceil(Q4_GROUP) * lanes];
+        let mut errors = vec![0.0f32; lanes];
+        for g in (0..k.div_ceil(Q4_GROUP)).rev() {
+            let inputs = g * Q4_GROUP..((g + 1) * Q4_GROUP).min(k);
+            let groups = &mut groups[g * lanes..][..lanes];
+            if encoding == Encoding::Q4 {
+                let mut cost = [0.0f32; Q4_GROUP];
+                cost[..inputs.len()].copy_from_slice(&feedback.cost()[inputs.clone()]);
+                for (lane, group) in groups.iter_mut().enumerate() {
+                    let at = |i: usize| if i < k { adjusted[i * lanes + lane] } else { 0.0 };
+                    *group = q4_group_scale(&std::array::from_fn(|i| at(inputs.start + i)), &cost);
+                }
+            }
+            for i in inputs.rev() {
+                let at = i * lanes..(i + 1) * lanes;
+                for (lane, error) in errors.iter_mut().enumerate() {
+                    let (x, group) = (adjusted[at.start + lane], groups[lane]);
+                    let weight = match encoding {
+                        Encoding::Q8 => (x.clamp(-Q8_MAX, Q8_MAX) + NEAREST) - NEAREST,
+                        _ => q4_code(x, group) * f32::from(group),
+                    };
+                    weights[at.start + lane] = weight as i8;
+                    *error = wanted[at.start + lane] - weight;
+                }
+                feedback.feed(isa, i, &errors, &mut adjusted[..at.start]);
+            }
+        }
+        Rounded { scale, lanes, weights, groups }
+    }
+
+    /// The weights of output `n` `[taps * k_padded]`.
+    fn weights_of(&self, n: usize, shape: WeightShape, out: &mut [i8]) {
+        for (tap, out) in out.chunks_exact_mut(shape.k_padded()).enumerate() {
+            let lane = n * shape.taps + tap;
+            out[..shape.k].iter_mut().enumerate().for_each(|(i, w)| *w = self.weights[i * self.lanes + lane]);
+        }
+    }
+
+    /// The scale of group `g` (padded, over all taps) of output `n`.
+    fn group_of(&self, n: usize, shape: WeightShape, g: usize) -> i8 {
+        let per_tap = shape.k_padded() / Q4_GROUP;
+        let lane = n * shape.taps + g / per_tap;
+        // The last group of a tap may be padding.
+        self.groups.get(g % per_tap * self.lanes + lane).copied().unwrap_or(1)
     }
 }
 
@@ -117,8 +235,7 @@ fn encode_q8(
     scatter::<4>(bytemuck::cast_slice(codes), n, tiles);
 }
 
-/// The output's scale makes [`Q4_SCALE_MAX`] the group scale of its widest group; each group takes the integer scale that
-/// leaves the smallest squared error among those around its own width.
+/// The output's scale makes [`Q4_SCALE_MAX`] the group scale of its widest group.
 fn encode_q4(
     shape: WeightShape,
     padded: &[f32],
@@ -127,50 +244,64 @@ fn encode_q4(
     header: &mut [u8],
     tiles: &mut [u8],
 ) {
-    let scale = amax(padded) / (7.0 * Q4_SCALE_MAX as f32);
+    let scale = amax(padded) / Q4_WIDEST;
     let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
     let groups_at = (1 + shape.taps) * TILE_N * 4;
     let groups = padded.as_chunks::<Q4_GROUP>().0;
     for (g, (group, weights)) in groups.iter().zip(codes.as_chunks_mut::<Q4_GROUP>().0).enumerate() {
         let scaled = group.map(|x| x * inverse);
-        let widest = (amax(&scaled) / 7.0).round() as i32;
-        let (mut s, mut smallest) = (0, f32::INFINITY);
-        for candidate in (widest - 2).clamp(1, Q4_SCALE_MAX)..=(widest + 1).clamp(1, Q4_SCALE_MAX) {
-            let error = q4_error(&scaled, candidate);
-            if error < smallest || s == 0 {
-                (s, smallest) = (candidate, error);
-            }
-        }
+        let s = q4_group_scale(&scaled, &[1.0; Q4_GROUP]);
         header[groups_at + g * TILE_N + n] = s as u8;
         let mut nibbles = [0u8; Q4_GROUP];
         for ((&x, weight), nibble) in scaled.iter().zip(weights).zip(&mut nibbles) {
             let code = q4_code(x, s);
-            *weight = (code * s as f32) as i8;
+            *weight = (code * f32::from(s)) as i8;
             *nibble = (code + 8.0) as u8;
         }
-        for (i, eight) in nibbles.as_chunks::<8>().0.iter().enumerate() {
-            let (at, _) = q4_at(g * Q4_GROUP + 8 * i, n);
-            for (j, byte) in tiles[at..][..4].iter_mut().enumerate() {
-                *byte = eight[j] | eight[4 + j] << 4;
-            }
-        }
+        write_nibbles(&nibbles, g, n, tiles);
     }
     write_header(shape, scale, codes, n, header);
 }
 
+/// Writes the codes of group `g` of output `n`.
+fn write_nibbles(nibbles: &[u8; Q4_GROUP], g: usize, n: usize, tiles: &mut [u8]) {
+    for (i, eight) in nibbles.as_chunks::<8>().0.iter().enumerate() {
+        let (at, _) = q4_at(g * Q4_GROUP + 8 * i, n);
+        for (j, byte) in tiles[at..][..4].iter_mut().enumerate() {
+            *byte = eight[j] | eight[4 + j] << 4;
+        }
+    }
+}
+
+/// The group scale of weights in units of the output's scale: of those around the group's width, the one that leaves the
+/// smallest squared error, where an error of each input costs `cost`. Codes reach from -8 to 7, so its sign lets the widest weight have the larger side.
+fn q4_group_scale(scaled: &[f32; Q4_GROUP], cost: &[f32; Q4_GROUP]) -> i8 {
+    let (low, high) = scaled.iter().fold((0.0f32, 0.0f32), |(l, h), &x| (l.min(x), h.max(x)));
+    let (sign, narrow, wide) = if -low >= high { (1, high, -low) } else { (-1, -low, high) };
+    let width = (wide / 8.0).max(narrow / 7.0).round() as i8;
+    let (mut s, mut smallest) = (0, f32::INFINITY);
+    for candidate in (width - 2).clamp(1, Q4_SCALE_MAX)..=(width + 1).clamp(1, Q4_SCALE_MAX) {
+        let error = q4_error(scaled, cost, sign * candidate);
+        if error < smallest || s == 0 {
+            (s, smallest) = (sign * candidate, error);
+        }
+    }
+    s
+}
+
 /// The code, less 8, of a weight in units of the output's scale.
-fn q4_code(x: f32, s: i32) -> f32 {
-    let low = if 8 * s > 127 { -7.0 } else { -8.0 };
-    ((x / s as f32 + NEAREST) - NEAREST).clamp(low, 7.0)
+fn q4_code(x: f32, s: i8) -> f32 {
+    let low = if 8 * i32::from(s).abs() > 127 { -7.0 } else { -8.0 };
+    ((x / f32::from(s) + NEAREST) - NEAREST).clamp(low, 7.0)
 }
 
 /// Squared error of a group under group scale `s`.
-fn q4_error(scaled: &[f32; Q4_GROUP], s: i32) -> f32 {
+fn q4_error(scaled: &[f32; Q4_GROUP], cost: &[f32; Q4_GROUP], s: i8) -> f32 {
     let mut lanes = [0.0f32; 8];
-    for chunk in scaled.as_chunks::<8>().0 {
-        for (lane, &x) in lanes.iter_mut().zip(chunk) {
-            let error = x - q4_code(x, s) * s as f32;
-            *lane += error * error;
+    for (chunk, cost) in scaled.as_chunks::<8>().0.iter().zip(cost.as_chunks::<8>().0) {
+        for ((lane, &x), cost) in lanes.iter_mut().zip(chunk).zip(cost) {
+            let error = x - q4_code(x, s) * f32::from(s);
+            *lane += cost * error * error;
         }
     }
     lanes.iter().sum()
@@ -275,6 +406,63 @@ mod tests {
                     );
                 }
             }
+        }
+    }
+
+    /// Rows of inputs that vary together, and how far the outputs of two matrices are apart for them.
+    fn inputs(k: usize) -> Vec<f32> {
+        let noise = source(WeightShape::linear(8 * k, k));
+        let mix = |row: &[f32]| (0..k).map(|i| 0.5 + row[i] + 2.0 * row[i / 8 * 8]).collect::<Vec<f32>>();
+        noise.chunks_exact(k).flat_map(mix).collect()
+    }
+
+    fn output_error(inputs: &[f32], k: usize, a: &[f32], b: &[f32]) -> f64 {
+        let outputs = inputs.chunks_exact(k).flat_map(|x| {
+            let rows = a.chunks_exact(k).zip(b.chunks_exact(k));
+            rows.map(|(a, b)| x.iter().zip(a).zip(b).map(|((x, a), b)| f64::from(x * (a - b))).sum::<f64>())
+        });
+        outputs.map(|y| y * y).sum::<f64>().sqrt()
+    }
+
+    #[test]
+    fn feedback_spares_the_outputs() {
+        for (encoding, gain) in [(Encoding::Q8, 0.7), (Encoding::Q4, 0.7)] {
+            for (n, taps, k) in [(16, 1, 64), (19, 3, 70), (2, 9, 33), (5, 1, 130)] {
+                let shape = WeightShape { n, taps, k };
+                let (src, x) = (source(shape), inputs(k));
+                let mut moments = Moments::new(k);
+                moments.add(Isa::detect(), &x, |lines, line| lines.into_iter().for_each(line));
+                let feedback = Feedback::new(Isa::detect(), moments).expect("enough rows");
+                let (mut plain, mut fed) =
+                    (vec![0; shape.bytes(encoding)], vec![0xAA; shape.bytes(encoding)]);
+                encode(encoding, shape, &src, &mut plain);
+                encode_with(encoding, shape, &src, &feedback, Isa::detect(), &mut fed);
+                let [plain, fed] =
+                    [plain, fed].map(|bytes| output_error(&x, k, &src, &decode(encoding, shape, &bytes)));
+                assert!(fed < gain * plain, "{encoding:?} {shape:?}: {plain} became {fed}");
+            }
+        }
+    }
+
+    fn relative_error(encoding: Encoding, shape: WeightShape, src: &[f32]) -> f64 {
+        let mut bytes = vec![0; shape.bytes(encoding)];
+        encode(encoding, shape, src, &mut bytes);
+        let square = |x: f32| f64::from(x).powi(2);
+        let error: f64 = src.iter().zip(decode(encoding, shape, &bytes)).map(|(a, b)| square(a - b)).sum();
+        (error / src.iter().map(|&x| square(x)).sum::<f64>()).sqrt()
+    }
+
+    #[test]
+    fn wide_outputs_cost_the_others_nothing() {
+        let shape = WeightShape::linear(320, 320);
+        let plain = source(shape);
+        let mut planted = plain.clone();
+        for n in [3, 70, 150, 299] {
+            planted[n * shape.k..][..shape.k].iter_mut().for_each(|x| *x *= 30.0);
+        }
+        for encoding in [Encoding::Q8, Encoding::Q4] {
+            let [plain, planted] = [&plain, &planted].map(|src| relative_error(encoding, shape, src));
+            assert!(planted < 1.1 * plain, "{encoding:?}: {plain} became {planted}");
         }
     }
 

@@ -33,8 +33,8 @@ pub fn write_model(
     let parts: Vec<(&str, Vec<(WeightSpec, Encoding)>)> = engine::models::weights(&card)
         .into_iter()
         .map(|(part, specs)| {
-            let with = |spec: WeightSpec| (policy.encoding(part.name(), &spec), spec);
-            (part.name(), specs.into_iter().map(with).map(|(encoding, spec)| (spec, encoding)).collect())
+            let encodings = policy.encodings(part.name(), &specs);
+            (part.name(), specs.into_iter().zip(encodings).collect())
         })
         .collect();
     let files = tokenizer::choose(None);

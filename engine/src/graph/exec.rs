@@ -31,6 +31,23 @@ pub trait Watch<E> {
     fn after(&mut self, i: usize, among: Range<usize>) -> Result<(), E>;
 }
 
+/// Is shown the operand of each matrix product before it is met: the weight's name, the rows, and the elements from one row
+/// to the next. Rows around the border of an image are zero.
+pub struct Observer(Box<dyn Fn(&str, Operand<'_>, usize) + Send + Sync>);
+
+impl Observer {
+    /// Calls `see`.
+    pub fn new(see: impl Fn(&str, Operand<'_>, usize) + Send + Sync + 'static) -> Self {
+        Observer(Box::new(see))
+    }
+}
+
+impl std::fmt::Debug for Observer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Observer")
+    }
+}
+
 /// A plan, the bytes of its weights, and the memory it runs in.
 pub struct Session<'a> {
     plan: &'a Plan,
@@ -39,6 +56,7 @@ pub struct Session<'a> {
     banks: usize,
     workers: &'a Workers,
     isa: Isa,
+    observer: Option<&'a Observer>,
     profile: Option<&'a Profile>,
 }
 
@@ -66,7 +84,12 @@ impl<'a> Session<'a> {
             assert_eq!(w.len(), plan.stored_bytes(i), "bytes of {}", plan.weights()[i].name);
         }
         assert!(plan.arena_bytes(banks) <= arena.bytes(), "an arena of {} bytes", arena.bytes());
-        Session { plan, weights, arena, banks, workers, isa, profile: None }
+        Session { plan, weights, arena, banks, workers, isa, profile: None, observer: None }
+    }
+
+    /// Shows operands to `observer`.
+    pub fn observed(self, observer: Option<&'a Observer>) -> Self {
+        Session { observer, ..self }
     }
 
     /// The same, with a note of each operation in `profile`.
@@ -277,6 +300,10 @@ impl<'a> Session<'a> {
                         },
                         accumulate: matches!(residual, ResidualSpec::InPlace),
                     };
+                    if let Some(Observer(see)) = self.observer {
+                        let rows = self.operand(operand, bank, shape.operand_rows());
+                        see(&self.plan.weights()[weight].name, rows, operand.stride);
+                    }
                     let call = Gemm {
                         operand: self.operand(operand, bank, shape),
                         input: *shape,

@@ -107,8 +107,10 @@ pub enum Role {
     Conv,
     /// The 1 x 1 convolution past a residual block.
     Shortcut,
-    /// Time, label and size embeddings, and their projections into residual blocks.
+    /// Time, label and size embeddings.
     Embedding,
+    /// The projection of an embedding into a residual block.
+    TimeShift,
     /// Queries, keys and values of self attention.
     SelfQkv,
     /// Queries of cross attention.

@@ -197,7 +197,7 @@ pub(super) fn resnet(
     eps: f32,
     emb: Option<Tensor>,
 ) -> Tensor {
-    let shift = emb.map(|emb| b.linear(emb, "time_emb_proj", c, Role::Embedding).build());
+    let shift = emb.map(|emb| b.linear(emb, "time_emb_proj", c, Role::TimeShift).build());
     let y = b.group_norm(x, "norm1", groups, eps, Activation::Silu);
     let y = b.conv3x3(y, "conv1", c, Role::Conv);
     let y = match shift {

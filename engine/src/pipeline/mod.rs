@@ -25,7 +25,7 @@ use crate::card::Card;
 use crate::error::{Error, Result};
 use crate::format::ModelFile;
 use crate::graph::weight::WeightSpec;
-use crate::graph::{Arena, Profile, Session, Watch};
+use crate::graph::{Arena, Observer, Profile, Session, Watch};
 use crate::rng::Rng;
 use crate::sampler::{self, Run};
 use crate::schedule::{Schedule, Spread};
@@ -42,6 +42,7 @@ pub struct Pipeline {
     schedule: Schedule,
     tokenizer: Mutex<Option<Arc<Tokenizer>>>,
     opened: f64,
+    observer: Option<Observer>,
     profile: Option<Profile>,
 }
 
@@ -56,7 +57,12 @@ impl Pipeline {
         let schedule = Schedule::new(&file.card().schedule);
         let tokenizer = Mutex::new(None);
         let opened = start.elapsed().as_secs_f64();
-        Ok(Pipeline { file, settings, workers, schedule, tokenizer, opened, profile: None })
+        Ok(Pipeline { file, settings, workers, schedule, tokenizer, opened, profile: None, observer: None })
+    }
+
+    /// Shows `observer` the operands of all matrix products.
+    pub fn observed(self, observer: Observer) -> Pipeline {
+        Pipeline { observer: Some(observer), ..self }
     }
 
     /// The same, with a note of each operation of the networks.
@@ -159,7 +165,8 @@ impl Pipeline {
         let weights = weights::bytes(&self.file, part.plan.weights());
         let (workers, isa) = (&self.workers, self.settings.isa);
         let mut session = Session::new(&part.plan, weights, &mut arena, part.banks, workers, isa)
-            .profiled(self.profile.as_ref());
+            .profiled(self.profile.as_ref())
+            .observed(self.observer.as_ref());
         let stream = Stream::new(&self.file, part);
         let kind = match part.part {
             models::Part::TextEncoder(_) => Part::Text,
