@@ -4,7 +4,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use half::bf16;
 use kernels::gemm::Activation;
 use kernels::par::Shared;
-use kernels::pass::{Norm, STATS, Source, group_stats, operand_pass, sums_len};
+use kernels::pass::{Norm, Source, group_stats, operand_pass, stats_len, sums_len};
 use kernels::view::{Border, ImageShape, OperandMut, Rows};
 use kernels::{Isa, Workers};
 use sdfast_benches::{noise, threads};
@@ -22,7 +22,7 @@ fn passes(c: &mut Criterion) {
         let wide = noise(n);
         let narrow: Vec<bf16> = wide.iter().map(|&x| bf16::from_f32(x)).collect();
         let (gamma, beta) = (vec![1.1f32; channels], vec![0.1f32; channels]);
-        let mut stats = vec![0f32; batch * GROUPS * STATS];
+        let mut stats = vec![0f32; batch * stats_len(GROUPS, channels)];
         let mut codes = vec![0u8; image.operand_rows() * stride];
         let mut scale = vec![0f32; image.operand_rows()];
         let name = format!("pass/{batch}x{h}x{h}x{channels}");
@@ -41,7 +41,7 @@ fn passes(c: &mut Criterion) {
                 });
             });
         });
-        let mut sums = vec![0f64; sums_len(&image, GROUPS)];
+        let mut sums = vec![0f64; sums_len(&image, GROUPS, channels)];
         for (ty, bytes, rows) in [("f32", 4, Rows::F32(&wide)), ("bf16", 2, Rows::Bf16(&narrow))] {
             let source = Source::one(rows, channels);
             group.throughput(Throughput::Bytes((bytes * n) as u64));

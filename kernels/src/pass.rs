@@ -12,7 +12,7 @@ use crate::view::{ImageShape, OperandMut, Rows, RowsMut};
 use crate::{Isa, Workers};
 use rows::Chunk;
 pub use stats::{
-    STATS, group_codings, group_finish, group_stats, group_sums, range_codings, sums_len, sums_rows,
+    group_codings, group_finish, group_stats, group_sums, range_codings, stats_len, sums_len, sums_rows,
 };
 
 /// What a pass reads: the columns of up to two tensors side by side (a concatenation that is never materialized).
@@ -46,7 +46,7 @@ pub enum Norm<'a> {
     None,
     /// `(x - mean[b, g]) * rstd[b, g] * gamma[c] + beta[c]`.
     Group {
-        /// `[batch, groups, STATS]`, from [`group_stats`].
+        /// `[batch, stats_len]`, from [`group_stats`].
         stats: &'a [f32],
         /// Number of groups.
         groups: usize,
@@ -165,7 +165,7 @@ impl Walk<'_> {
                 );
                 assert_eq!(
                     stats.len(),
-                    image.batch * groups * STATS,
+                    image.batch * stats_len(groups, columns),
                     "statistics of {} x {groups}",
                     image.batch
                 );

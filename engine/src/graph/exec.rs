@@ -7,8 +7,8 @@ use kernels::attention::{Attention, Mask, attention};
 use kernels::gemm::{Epilogue, Filter, Gemm, gemm, gemm_rows};
 use kernels::layout::Weight;
 use kernels::pass::{
-    Norm, STATS, Source, group_codings, group_finish, group_stats, group_sums, operand_pass, range_codings,
-    rows_pass, sums_len,
+    Norm, Source, group_codings, group_finish, group_stats, group_sums, operand_pass, range_codings,
+    rows_pass, stats_len, sums_len,
 };
 use kernels::view::{Border, Coding, ImageShape, Operand, OperandMut, Rows, RowsMut};
 use kernels::{Isa, Workers, bf16, f16};
@@ -239,12 +239,12 @@ impl<'a> Session<'a> {
     fn norm(&self, norm: NormSpec, bank: usize, images: Range<usize>) -> Norm<'_> {
         match norm {
             NormSpec::None | NormSpec::Range { .. } => Norm::None,
-            NormSpec::Group { stats, groups, gamma, beta } => Norm::Group {
-                stats: &self.read(stats, bank)[images.start * groups * STATS..images.end * groups * STATS],
-                groups,
-                gamma: self.vector(gamma),
-                beta: self.vector(beta),
-            },
+            NormSpec::Group { stats, groups, gamma, beta } => {
+                let (gamma, beta) = (self.vector(gamma), self.vector(beta));
+                let each = stats_len(groups, gamma.len());
+                let stats = &self.read(stats, bank)[images.start * each..images.end * each];
+                Norm::Group { stats, groups, gamma, beta }
+            }
             NormSpec::Layer { gamma, beta, eps } => {
                 Norm::Layer { gamma: self.vector(gamma), beta: self.vector(beta), eps }
             }
@@ -273,14 +273,15 @@ impl<'a> Session<'a> {
                     let source = Source { parts: source.map(|r| r.map(part)) };
                     let ranges = match norm {
                         NormSpec::Range { stats } => {
-                            &self.read(stats, bank)[images.start * STATS..images.end * STATS]
+                            let each = stats_len(1, source.columns());
+                            &self.read(stats, bank)[images.start * each..images.end * each]
                         }
                         _ => &[],
                     };
                     let norm = self.norm(norm, bank, images.clone());
                     let operand = self.operand_mut(out, bank, shape, |images| match norm {
                         Norm::Group { .. } => group_codings(norm, activation, images),
-                        _ => range_codings(ranges, images),
+                        _ => range_codings(ranges, source.columns(), images),
                     });
                     operand_pass(workers, isa, source, *shape, norm, activation, operand, out.stride);
                 }
@@ -323,7 +324,7 @@ impl<'a> Session<'a> {
                     let source = Source { parts: source.map(|r| r.map(part)) };
                     let Dims { h, w, .. } = bands.output;
                     let image = ImageShape { batch: band.images, h, w, border: Border::default() };
-                    let each = sums_len(&ImageShape { batch: 1, ..image }, groups);
+                    let each = sums_len(&ImageShape { batch: 1, ..image }, groups, source.columns());
                     let sums = &mut self.write(sums, bank)[images.start * each..images.end * each];
                     group_sums(workers, isa, source, image, groups, rows.clone(), sums);
                 }

@@ -7,7 +7,7 @@ use kernels::Isa;
 use kernels::attention::{self, AttentionShape, Products};
 use kernels::gemm::{Activation, Filter};
 use kernels::layout::{Encoding, TILE_K, WeightShape};
-use kernels::pass::{STATS, sums_len, sums_rows};
+use kernels::pass::{stats_len, sums_len, sums_rows};
 use kernels::view::{Border, ImageShape};
 
 use super::analysis::{last_uses, stream_values};
@@ -230,8 +230,9 @@ impl Lowering<'_> {
             return stats;
         }
         let image = self.image(x);
-        let stats = self.buffer(image.batch * groups * STATS * 4);
-        let sums = self.buffer(sums_len(&image, groups) * 8);
+        let channels = self.network.values[x.0].c;
+        let stats = self.buffer(image.batch * stats_len(groups, channels) * 4);
+        let sums = self.buffer(sums_len(&image, groups, channels) * 8);
         if self.parts(x).iter().any(|p| self.remade.contains(p)) {
             let dims = self.network.values[x.0].dims;
             let mut chain = Chain::new(dims);

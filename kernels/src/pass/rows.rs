@@ -7,7 +7,7 @@ use crate::math;
 use crate::simd::{Element, MAX_LANES, Simd, SimdOp};
 use crate::view::{Coding, ImageShape, OperandMut, Rows};
 
-use super::stats::STATS;
+use super::stats::stats_len;
 use super::{Norm, Walk};
 
 /// Rows of f32 that a task keeps in scratch memory.
@@ -53,7 +53,7 @@ impl SimdOp for Chunk<'_> {
                             && image_of_factors != b
                         {
                             group_factors(
-                                &stats[b * groups * STATS..][..groups * STATS],
+                                &stats[b * stats_len(groups, columns)..][..2 * groups],
                                 gamma,
                                 beta,
                                 factor,
@@ -119,8 +119,8 @@ impl OperandMut<'_> {
 
 /// `factor[c] = rstd * gamma[c]` and `offset[c] = beta[c] - mean * factor[c]`.
 fn group_factors(stats: &[f32], gamma: &[f32], beta: &[f32], factor: &mut [f32], offset: &mut [f32]) {
-    let size = gamma.len() / (stats.len() / STATS);
-    for (g, stats) in stats.chunks_exact(STATS).enumerate() {
+    let size = gamma.len() / (stats.len() / 2);
+    for (g, stats) in stats.chunks_exact(2).enumerate() {
         for c in g * size..(g + 1) * size {
             factor[c] = stats[1] * gamma[c];
             offset[c] = beta[c] - stats[0] * factor[c];

@@ -22,14 +22,13 @@ const PIXELS: usize = 64;
 /// Pixels that are added at a time.
 const STEP: usize = 4;
 
-/// Numbers that [`group_stats`] finds out about a group: mean, reciprocal standard deviation, least and greatest element.
-pub const STATS: usize = 4;
+/// How many numbers [`group_stats`] finds out about an image: mean and reciprocal standard deviation of each group, then least
+/// and greatest element of each channel.
+pub const fn stats_len(groups: usize, channels: usize) -> usize {
+    2 * (groups + channels)
+}
 
-/// Numbers that [`group_sums`] writes for a group: sum, sum of squares, least and greatest element.
-const SUMS: usize = 4;
-
-/// Mean, reciprocal standard deviation, least and greatest element of each group of channels over each image: `stats` is
-/// `[batch, groups, STATS]`. The biased variance, as PyTorch's `group_norm`. `sums` has [`sums_len`] numbers and needs no content.
+/// Statistics of each image: `stats` is `[batch, stats_len]`. The biased variance, as PyTorch's `group_norm`. `sums` has [`sums_len`] numbers and needs no content.
 ///
 /// # Panics
 /// Where shapes don't agree.
@@ -53,9 +52,10 @@ fn chunk_pixels(image: &ImageShape) -> usize {
     (image.h * image.w).div_ceil(TASKS).next_multiple_of(PIXELS).max(1)
 }
 
-/// How many numbers [`group_sums`] writes, for each image, chunk of pixels and group.
-pub fn sums_len(image: &ImageShape, groups: usize) -> usize {
-    image.batch * (image.h * image.w).div_ceil(chunk_pixels(image)) * groups * SUMS
+/// How many numbers [`group_sums`] writes: for each image and chunk of pixels the sum and the sum of squares of each group, then
+/// least and greatest element of each channel.
+pub fn sums_len(image: &ImageShape, groups: usize, channels: usize) -> usize {
+    image.batch * (image.h * image.w).div_ceil(chunk_pixels(image)) * stats_len(groups, channels)
 }
 
 /// Image rows that [`group_sums`] can be called with at a time are multiples of this, but for the last.
@@ -83,7 +83,7 @@ pub fn group_sums(
     let part = rows.len() * image.w;
     source.check(image.batch * part);
     assert!(groups > 0 && columns.is_multiple_of(groups), "{columns} channels in {groups} groups");
-    assert_eq!(sums.len(), sums_len(&image, groups), "sums of {image:?} in {groups} groups");
+    assert_eq!(sums.len(), sums_len(&image, groups, columns), "sums of {image:?} in {groups} groups");
     let chunk = chunk_pixels(&image);
     let chunks = pixels.div_ceil(chunk);
     let (first, end) = (rows.start * image.w, rows.end * image.w);
@@ -95,12 +95,15 @@ pub fn group_sums(
     let parts = Shared::new(sums);
     workers.for_each(image.batch * here.len(), |task, scratch| {
         let (at, c) = (task / here.len(), here.start + task % here.len());
+        let each = stats_len(groups, columns);
         // SAFETY: each task has its own part.
-        let sums = unsafe { parts.slice((at * chunks + c) * groups * SUMS, groups * SUMS) };
-        sums.as_chunks_mut().0.fill([0.0, 0.0, f64::INFINITY, f64::NEG_INFINITY]);
+        let sums = unsafe { parts.slice((at * chunks + c) * each, each) };
+        let (moments, ranges) = sums.split_at_mut(2 * groups);
+        moments.fill(0.0);
+        ranges.as_chunks_mut().0.fill([f64::INFINITY, f64::NEG_INFINITY]);
         let base = at * part;
         let rows = base + c * chunk - first..base + ((c + 1) * chunk).min(end) - first;
-        dispatch(isa, Moments { source, rows, sums, scratch: cast_slice_mut(scratch) });
+        dispatch(isa, Moments { source, rows, moments, ranges, scratch: cast_slice_mut(scratch) });
     });
 }
 
@@ -116,22 +119,26 @@ pub fn group_finish(
     sums: &[f64],
     stats: &mut [f32],
 ) {
-    assert_eq!(sums.len(), sums_len(&image, groups), "sums of {image:?} in {groups} groups");
-    assert_eq!(stats.len(), image.batch * groups * STATS, "statistics of {} x {groups} groups", image.batch);
-    let chunks = sums.len() / (image.batch * groups * SUMS).max(1);
+    let each = stats_len(groups, channels);
+    assert_eq!(sums.len(), sums_len(&image, groups, channels), "sums of {image:?} in {groups} groups");
+    assert_eq!(stats.len(), image.batch * each, "statistics of {} x {groups} groups", image.batch);
     let count = (image.h * image.w * (channels / groups)) as f64;
-    let (sums, _) = sums.as_chunks::<SUMS>();
-    for (image, stats) in stats.chunks_exact_mut(groups * STATS).enumerate() {
-        for (g, stats) in stats.as_chunks_mut::<STATS>().0.iter_mut().enumerate() {
-            let parts = (0..chunks).map(|c| sums[(image * chunks + c) * groups + g]);
-            let [sum, squares, least, most] = parts
-                .fold([0.0, 0.0, f64::INFINITY, f64::NEG_INFINITY], |[s, q, l, m], part| {
-                    [s + part[0], q + part[1], part[2].min(l), part[3].max(m)]
-                });
+    let chunks = sums.len() / (image.batch * each).max(1);
+    for (stats, chunks) in stats.chunks_exact_mut(each).zip(sums.chunks_exact(chunks.max(1) * each)) {
+        for g in 0..groups {
+            let parts = chunks.chunks_exact(each).map(|c| (c[2 * g], c[2 * g + 1]));
+            let (sum, squares) = parts.fold((0.0, 0.0), |(s, q), (sum, squares)| (s + sum, q + squares));
             let mean = sum / count;
             let variance = (squares / count - mean * mean).max(0.0);
-            let rstd = 1.0 / (variance + f64::from(eps)).sqrt();
-            *stats = [mean, rstd, least, most].map(|x| x as f32);
+            stats[2 * g] = mean as f32;
+            stats[2 * g + 1] = (1.0 / (variance + f64::from(eps)).sqrt()) as f32;
+        }
+        for at in (2 * groups..each).step_by(2) {
+            let parts = chunks.chunks_exact(each).map(|c| (c[at], c[at + 1]));
+            let (least, most) = parts.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, m), (least, most)| {
+                (least.min(l), most.max(m))
+            });
+            (stats[at], stats[at + 1]) = (least as f32, most as f32);
         }
     }
 }
@@ -143,25 +150,20 @@ pub fn group_finish(
 /// Where shapes don't agree, or for a norm that isn't [`Norm::Group`].
 pub fn group_codings(norm: Norm<'_>, activation: Activation, images: &mut [Coding]) {
     let Norm::Group { stats, groups, gamma, beta } = norm else { panic!("group statistics for {norm:?}") };
-    assert_eq!(
-        stats.len(),
-        images.len() * groups * STATS,
-        "statistics of {} x {groups} groups",
-        images.len()
-    );
+    let each = stats_len(groups, gamma.len());
+    assert_eq!(stats.len(), images.len() * each, "statistics of {} x {groups} groups", images.len());
     let size = gamma.len() / groups.max(1);
-    for (image, stats) in images.iter_mut().zip(stats.chunks_exact(groups * STATS)) {
+    for (image, stats) in images.iter_mut().zip(stats.chunks_exact(each)) {
         let (mut low, mut high) = (0f32, 0f32);
-        for (&[mean, rstd, least, most], (gamma, beta)) in
-            stats.as_chunks().0.iter().zip(gamma.chunks_exact(size).zip(beta.chunks_exact(size)))
+        let (moments, ranges) = stats.split_at(2 * groups);
+        for (c, (range, (gamma, beta))) in
+            ranges.as_chunks::<2>().0.iter().zip(gamma.iter().zip(beta)).enumerate()
         {
-            for (gamma, beta) in gamma.iter().zip(beta) {
-                let factor = rstd * gamma;
-                let ends = [least, most].map(|x| (x - mean) * factor + beta);
-                for y in ends {
-                    let y = bound(activation, y);
-                    (low, high) = (low.min(y), high.max(y));
-                }
+            let (mean, rstd) = (moments[2 * (c / size)], moments[2 * (c / size) + 1]);
+            let factor = rstd * gamma;
+            for y in range.map(|x| (x - mean) * factor + beta) {
+                let y = bound(activation, y);
+                (low, high) = (low.min(y), high.max(y));
             }
         }
         *image = coding(low, high);
@@ -178,15 +180,19 @@ fn coding(low: f32, high: f32) -> Coding {
     Coding { scale, zero: 1 + (-low / scale).round() as i32 }
 }
 
-/// As [`group_codings`] for `x` itself: `stats` are those of a single group, `[batch, STATS]`.
+/// As [`group_codings`] for `x` itself, whose statistics are those of a single group.
 ///
 /// # Panics
 /// Where shapes don't agree.
-pub fn range_codings(stats: &[f32], images: &mut [Coding]) {
-    let (stats, rest) = stats.as_chunks::<STATS>();
-    assert!(stats.len() == images.len() && rest.is_empty(), "ranges of {} images", images.len());
-    for (image, &[_, _, least, most]) in images.iter_mut().zip(stats) {
-        *image = coding(least.min(0.0), most.max(0.0));
+pub fn range_codings(stats: &[f32], channels: usize, images: &mut [Coding]) {
+    let each = stats_len(1, channels);
+    assert_eq!(stats.len(), images.len() * each, "ranges of {} images", images.len());
+    for (image, stats) in images.iter_mut().zip(stats.chunks_exact(each)) {
+        let (mut low, mut high) = (0f32, 0f32);
+        for &x in &stats[2..] {
+            (low, high) = (low.min(x), high.max(x));
+        }
+        *image = coding(low, high);
     }
 }
 
@@ -202,11 +208,14 @@ fn bound(activation: Activation, y: f32) -> f32 {
     }
 }
 
-/// Adds `rows` to `sums`, `[groups, SUMS]`.
+/// Adds `rows` to what is known of groups and channels.
 struct Moments<'a> {
     source: Source<'a>,
     rows: std::ops::Range<usize>,
-    sums: &'a mut [f64],
+    /// `[groups, 2]`: sum, sum of squares.
+    moments: &'a mut [f64],
+    /// `[channels, 2]`: least, greatest.
+    ranges: &'a mut [f64],
     scratch: &'a mut [f32],
 }
 
@@ -218,7 +227,7 @@ impl SimdOp for Moments<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let columns = self.source.columns();
-        let size = columns / (self.sums.len() / SUMS);
+        let size = columns / (self.moments.len() / 2);
         let (shift, rest) = self.scratch.split_at_mut(columns);
         let (sum, rest) = rest.split_at_mut(columns);
         let (squares, rest) = rest.split_at_mut(columns);
@@ -247,7 +256,7 @@ impl SimdOp for Moments<'_> {
                     Rows::Bf16(pixels) => channels.add_all(s, pixels),
                 }
             }
-            for (g, out) in self.sums.as_chunks_mut::<SUMS>().0.iter_mut().enumerate() {
+            for (g, out) in self.moments.as_chunks_mut::<2>().0.iter_mut().enumerate() {
                 let (mut total, mut total_squares) = (0.0, 0.0);
                 for c in g * size..(g + 1) * size {
                     let (k, sum, squares) = (f64::from(shift[c]), f64::from(sum[c]), f64::from(squares[c]));
@@ -258,11 +267,10 @@ impl SimdOp for Moments<'_> {
                 out[1] += total_squares;
             }
         }
-        for (g, out) in self.sums.as_chunks_mut::<SUMS>().0.iter_mut().enumerate() {
-            for c in g * size..(g + 1) * size {
-                out[2] = out[2].min(f64::from(least[c]));
-                out[3] = out[3].max(f64::from(most[c]));
-            }
+        for (range, (&least, &most)) in
+            self.ranges.as_chunks_mut::<2>().0.iter_mut().zip(least.iter().zip(&*most))
+        {
+            *range = [range[0].min(f64::from(least)), range[1].max(f64::from(most))];
         }
     }
 }

@@ -52,8 +52,8 @@ fn group_stats_agree_with_the_reference() {
                     let (a, b) =
                         (noise(image.pixels() * c0, 1, mean), half(&noise(image.pixels() * c1, 2, mean)));
                     let source = Source::two((Rows::F32(&a), c0), (Rows::Bf16(&b), c1));
-                    let mut stats = vec![f32::NAN; image.batch * groups * STATS];
-                    let mut sums = vec![f64::NAN; sums_len(&image, groups)];
+                    let mut stats = vec![f32::NAN; image.batch * stats_len(groups, c0 + c1)];
+                    let mut sums = vec![f64::NAN; sums_len(&image, groups, c0 + c1)];
                     group_stats(&workers, isa, source, image, groups, 1e-5, &mut sums, &mut stats);
                     let want = reference::group_stats(source, image, groups, 1e-5);
                     for (&got, want) in stats.iter().zip(want) {
@@ -75,8 +75,8 @@ fn passes_agree_with_the_reference() {
                 let (a, b) = (noise(image.pixels() * c0, 3, 0.5), half(&noise(image.pixels() * c1, 4, 0.5)));
                 let source = Source::two((Rows::F32(&a), c0), (Rows::Bf16(&b), c1));
                 let (gamma, beta) = (noise(c, 5, 1.0), noise(c, 6, 0.0));
-                let mut stats = vec![f32::NAN; image.batch * groups * STATS];
-                let mut sums = vec![f64::NAN; sums_len(&image, groups)];
+                let mut stats = vec![f32::NAN; image.batch * stats_len(groups, c)];
+                let mut sums = vec![f64::NAN; sums_len(&image, groups, c)];
                 group_stats(&workers, isa, source, image, groups, 1e-5, &mut sums, &mut stats);
                 let norms = [
                     Norm::None,
@@ -195,8 +195,8 @@ fn threads_and_batches_do_not_change_a_bit() {
         let run = |threads: usize, image: ImageShape, x: &[f32]| {
             let workers = Workers::new(threads);
             let source = Source::one(Rows::F32(x), c);
-            let mut stats = vec![0.0; image.batch * groups * STATS];
-            let mut sums = vec![f64::NAN; sums_len(&image, groups)];
+            let mut stats = vec![0.0; image.batch * stats_len(groups, c)];
+            let mut sums = vec![f64::NAN; sums_len(&image, groups, c)];
             group_stats(&workers, isa, source, image, groups, 1e-6, &mut sums, &mut stats);
             let norm = Norm::Group { stats: &stats, groups, gamma: &gamma, beta: &beta };
             let mut out = vec![f32::NAN; image.operand_rows() * stride];
@@ -251,7 +251,7 @@ fn group_sums_of_bands_are_those_of_the_whole() {
         let image = ImageShape { batch: 1, h, w, border: Border::default() };
         let data: Vec<f32> = (0..h * w * 12).map(|i| (i as f32 * 0.37).sin() + 2.0).collect();
         let workers = Workers::new(2);
-        let len = sums_len(&image, 4);
+        let len = sums_len(&image, 4, 12);
         let (mut whole, mut banded) = (vec![f64::NAN; len], vec![f64::NAN; len]);
         let part = |rows: std::ops::Range<usize>| {
             Source::one(Rows::F32(&data[rows.start * w * 12..rows.end * w * 12]), 12)

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::gemm::Activation;
-use crate::pass::{Norm, STATS, Source};
+use crate::pass::{Norm, Source, stats_len};
 use crate::reference::math;
 use crate::view::{ImageShape, Rows};
 
@@ -20,7 +20,7 @@ pub fn columns(source: Source<'_>, rows: usize) -> Vec<f64> {
     all
 }
 
-/// Mean, reciprocal standard deviation, least and greatest element, `[batch, groups, STATS]`.
+/// `[batch, stats_len]`.
 pub fn group_stats(source: Source<'_>, image: ImageShape, groups: usize, eps: f32) -> Vec<f64> {
     let (x, c, pixels) = (columns(source, image.pixels()), source.columns(), image.h * image.w);
     let size = c / groups;
@@ -30,10 +30,13 @@ pub fn group_stats(source: Source<'_>, image: ImageShape, groups: usize, eps: f3
             let group = (0..pixels).flat_map(|p| &x[(b * pixels + p) * c + g * size..][..size]);
             let n = (pixels * size) as f64;
             let mean = group.clone().sum::<f64>() / n;
-            let variance = group.clone().map(|x| (x - mean).powi(2)).sum::<f64>() / n;
-            let least = group.clone().copied().fold(f64::INFINITY, f64::min);
-            let most = group.copied().fold(f64::NEG_INFINITY, f64::max);
-            stats.extend([mean, 1.0 / (variance + f64::from(eps)).sqrt(), least, most]);
+            let variance = group.map(|x| (x - mean).powi(2)).sum::<f64>() / n;
+            stats.extend([mean, 1.0 / (variance + f64::from(eps)).sqrt()]);
+        }
+        for i in 0..c {
+            let channel = (0..pixels).map(|p| x[(b * pixels + p) * c + i]);
+            stats.push(channel.clone().fold(f64::INFINITY, f64::min));
+            stats.push(channel.fold(f64::NEG_INFINITY, f64::max));
         }
     }
     stats
@@ -50,7 +53,7 @@ pub fn rows(source: Source<'_>, image: ImageShape, norm: Norm<'_>, activation: A
             let y = match norm {
                 Norm::None => *x,
                 Norm::Group { stats, groups, gamma, beta } => {
-                    let at = (r / (image.h * image.w) * groups + i / (c / groups)) * STATS;
+                    let at = r / (image.h * image.w) * stats_len(groups, c) + i / (c / groups) * 2;
                     let (mean, rstd) = (f64::from(stats[at]), f64::from(stats[at + 1]));
                     (*x - mean) * rstd * f64::from(gamma[i]) + f64::from(beta[i])
                 }
