@@ -141,7 +141,7 @@ fn add(moments: &mut Moments, isa: Isa, operand: Operand<'_>, stride: usize) {
     let all = match operand {
         Operand::Bf16(rows) => rows.len() / stride,
         Operand::F32(rows) => rows.len() / stride,
-        Operand::U8 { .. } => unreachable!("16-bit weights meet 16-bit rows"),
+        Operand::U8 { .. } | Operand::U8Uniform { .. } => unreachable!("16-bit weights meet 16-bit rows"),
     };
     let count = all.min(ROWS);
     let mut rows = Vec::with_capacity(count * k);
@@ -150,7 +150,7 @@ fn add(moments: &mut Moments, isa: Isa, operand: Operand<'_>, stride: usize) {
         match operand {
             Operand::Bf16(x) => rows.extend(x[at..at + k].iter().map(|x| x.to_f32())),
             Operand::F32(x) => rows.extend_from_slice(&x[at..at + k]),
-            Operand::U8 { .. } => {}
+            Operand::U8 { .. } | Operand::U8Uniform { .. } => {}
         }
     }
     moments.add(isa, &rows, |lines, line| lines.into_par_iter().with_min_len(16).for_each(line));

@@ -301,7 +301,7 @@ impl<'a> Session<'a> {
                         accumulate: matches!(residual, ResidualSpec::InPlace),
                     };
                     if let Some(Observer(see)) = self.observer {
-                        let rows = self.operand(operand, bank, shape.operand_rows());
+                        let rows = self.operand(operand, bank, shape);
                         see(&self.plan.weights()[weight].name, rows, operand.stride);
                     }
                     let call = Gemm {
