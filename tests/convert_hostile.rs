@@ -60,7 +60,7 @@ fn files_that_are_something_else() {
         unet.iter().map(|(name, shape)| (format!("model.diffusion_model.{name}"), *shape)).collect();
     let prefixed: Vec<(&str, &[usize])> = prefixed.iter().map(|(n, s)| (n.as_str(), *s)).collect();
     type Tensors<'a> = &'a [(&'a str, &'a [usize])];
-    let cases: [(Tensors<'_>, &str); 14] = [
+    let cases: [(Tensors<'_>, &str); 24] = [
         (&[("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", &[4, 8])], "a LoRA"),
         (&[("unet.down_blocks.0.attentions.0.to_q.lora_A.weight", &[4, 8])], "a LoRA"),
         (&[("control_model.time_embed.0.weight", &[4, 8])], "a ControlNet"),
@@ -79,6 +79,16 @@ fn files_that_are_something_else() {
         (&[("emb_params", &[1, 8])], "an embedding"),
         (&[("image_proj.proj.weight", &[8, 8]), ("ip_adapter.1.to_k_ip.weight", &[8, 8])], "an IP-Adapter"),
         (&[("conv_first.weight", &[8, 3, 3, 3])], "an upscaler"),
+        (&[("adapter.body.0.resnets.0.block1.weight", &[8, 8, 3, 3])], "a T2I-Adapter"),
+        (&[("body.0.block1.weight", &[8, 8, 3, 3]), ("conv_in.weight", &[8, 8, 3, 3])], "a T2I-Adapter"),
+        (&[("<my-token>", &[768])], "an embedding"),
+        (&[("clip_l", &[2, 768]), ("clip_g", &[2, 1280])], "an embedding"),
+        (&[("decoder.layers.1.weight", &[8, 4, 3, 3])], "a tiny VAE"),
+        (&[("vision_model.embeddings.class_embedding", &[8])], "an image encoder"),
+        (&[("down_blocks.0.motion_modules.0.norm.weight", &[8])], "a motion module"),
+        (&[("joint_blocks.0.context_block.adaLN_modulation.1.bias", &[8])], "a Stable Diffusion 3 model"),
+        (&[("model.diffusion_model.label_emb.weight", &[8, 8])], "a Stable Diffusion upscaler model"),
+        (&[("lora_unet_mid.alpha", &[1]), ("lora_unet_mid.hada_w1_a", &[4, 8])], "a LoRA (LoHa)"),
         (&[("double_blocks.0.img_attn.norm.key_norm.scale", &[8])], "a FLUX.1 model"),
         (&[("something.else.weight", &[8])], "belong to no network"),
     ];
@@ -175,6 +185,42 @@ fn pickles_that_call_things() {
     let (_, text) = refused(&path, |_| {});
     assert!(text.contains("wants to run builtins.eval"), "{text}");
     assert!(!witness.exists());
+}
+
+/// The embedding that the WebUI saves: `{"string_to_token": {"*": 265}, "string_to_param": {"*": tensor}}`.
+#[test]
+fn embeddings_in_pickles() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.pt");
+    let text = |bytes: &mut Vec<u8>, text: &str| {
+        bytes.push(b'X');
+        bytes.extend_from_slice(&(text.len() as u32).to_le_bytes());
+        bytes.extend_from_slice(text.as_bytes());
+    };
+    let mut bytes =
+        b"\x80\x02\x8A\x0A\x6C\xFC\x9C\x46\xF9\x20\x6A\xA8\x50\x19.\x80\x02M\xE9\x03.\x80\x02}.".to_vec();
+    bytes.extend_from_slice(b"\x80\x02}(");
+    text(&mut bytes, "string_to_token");
+    bytes.extend_from_slice(b"}");
+    text(&mut bytes, "*");
+    bytes.extend_from_slice(b"M\x09\x01s");
+    text(&mut bytes, "string_to_param");
+    bytes.extend_from_slice(b"}");
+    text(&mut bytes, "*");
+    bytes.extend_from_slice(b"ctorch._utils\n_rebuild_tensor_v2\n((");
+    text(&mut bytes, "storage");
+    bytes.extend_from_slice(b"ctorch\nFloatStorage\n");
+    text(&mut bytes, "0");
+    text(&mut bytes, "cpu");
+    bytes.extend_from_slice(b"M\0\x03NtQK\0K\x01M\0\x03\x86M\0\x03K\x01\x86\x89}tRsu.");
+    bytes.extend_from_slice(b"\x80\x02](");
+    text(&mut bytes, "0");
+    bytes.extend_from_slice(b"e.");
+    bytes.extend_from_slice(&768u64.to_le_bytes());
+    bytes.extend_from_slice(&[0; 768 * 4]);
+    fs::write(&path, &bytes).unwrap();
+    let (_, text) = refused(&path, |_| {});
+    assert!(text.contains("is an embedding (textual inversion)"), "{text}");
 }
 
 /// Cuts a file shorter and shorter, and changes single bytes: an error or a model, never a panic.

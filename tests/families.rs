@@ -65,7 +65,7 @@ fn encode(golden: &Golden, pipeline: &Pipeline) -> Vec<Conditioning> {
 }
 
 /// The network's prediction for each row of the golden embeddings at that row's timestep.
-fn predict(golden: &Golden, pipeline: &Pipeline) -> Vec<Vec<f32>> {
+pub fn predict(golden: &Golden, pipeline: &Pipeline) -> Vec<Vec<f32>> {
     let rows = [0, 1].map(|i| Conditioning {
         context: golden.row("text_embeddings", i).to_vec(),
         tokens: golden.shape("text_embeddings")[1],

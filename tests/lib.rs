@@ -49,6 +49,12 @@ impl Golden {
         Golden { tensors: tensors.collect(), metadata: header.metadata().clone().unwrap_or_default() }
     }
 
+    /// Of these tensors.
+    pub fn of(tensors: Vec<(&str, Vec<usize>, Vec<f32>)>) -> Golden {
+        let tensors = tensors.into_iter().map(|(name, shape, values)| (name.to_owned(), (shape, values)));
+        Golden { tensors: tensors.collect(), metadata: HashMap::new() }
+    }
+
     /// Whether there is a tensor of that name.
     pub fn has(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
@@ -93,15 +99,15 @@ impl Golden {
 
 /// The checkpoint, converted with `--quant quant`.
 pub fn model(checkpoint: &Path, quant: Quant) -> ModelFile {
+    converted(Options { checkpoint: checkpoint.to_owned(), quant, ..Options::default() })
+}
+
+/// What `options` make of their checkpoint; the file is gone with the value.
+pub fn converted(options: Options) -> ModelFile {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("model.sdq");
-    let options = Options {
-        checkpoint: checkpoint.to_owned(),
-        output: Some(output.clone()),
-        quant,
-        ..Options::default()
-    };
-    convert::convert(&options, &|_| {}).unwrap_or_else(|e| panic!("{}: {e}", checkpoint.display()));
+    let options = Options { output: Some(output.clone()), ..options };
+    convert::convert(&options, &|_| {}).unwrap_or_else(|e| panic!("{}: {e}", options.checkpoint.display()));
     ModelFile::open(&output).unwrap()
 }
 

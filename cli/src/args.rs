@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use convert::Quant;
+use convert::synthetic::{Layout, Number};
 use engine::card::{Family, Prediction};
 use engine::pipeline::Noise;
 use engine::precision::Precision;
@@ -316,6 +317,8 @@ pub struct Sdconv {
 pub enum ConvertCommand {
     /// Show what is in a checkpoint or an .sdq file.
     Inspect(Inspect),
+    /// Write a checkpoint of a published model's sizes with random weights, to try things with.
+    Synthetic(Synthetic),
 }
 
 /// `sdconv CHECKPOINT`
@@ -370,6 +373,26 @@ pub struct Inspect {
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `sdconv synthetic`
+#[derive(Debug, Args)]
+pub struct Synthetic {
+    /// Whose sizes: sd15, sd2, sdxl, ...; with tiny- before it, a miniature.
+    pub name: String,
+    /// File to write, or folder for the layouts of diffusers; must not be there.
+    #[arg(short, long, value_name = "PATH")]
+    pub output: PathBuf,
+    /// diffusers, sharded (the same with the denoiser in two files), ldm (.safetensors), zip (.ckpt), pickle (the older
+    /// .ckpt), gguf.
+    #[arg(long, value_name = "NAME", default_value = "ldm", value_parser = layout)]
+    pub layout: Layout,
+    /// Type of the numbers: f32, f16, bf16, f8_e4m3, f8_e5m2.
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = number)]
+    pub dtype: Number,
+    /// The same seed gives the same weights in every layout.
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub seed: u64,
 }
 
 /// Values of `--precision`.
@@ -477,6 +500,21 @@ impl From<PredictionArg> for Prediction {
 fn isa(name: &str) -> Result<Isa, String> {
     let known = || Isa::ALL.map(Isa::name).join(", ");
     Isa::parse(name).ok_or_else(|| format!("the tiers are {}", known()))
+}
+
+fn layout(name: &str) -> Result<Layout, String> {
+    named(&Layout::ALL, name)
+}
+
+fn number(name: &str) -> Result<Number, String> {
+    named(&Number::ALL, name)
+}
+
+/// The value that people call `name`.
+fn named<T: Copy>(all: &[(&str, T)], name: &str) -> Result<T, String> {
+    let known = || all.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+    let found = all.iter().find(|(known, _)| *known == name);
+    found.map(|(_, value)| *value).ok_or_else(|| format!("it is one of {}", known()))
 }
 
 #[cfg(test)]

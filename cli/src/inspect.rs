@@ -50,13 +50,14 @@ fn describe(found: &Inspection) -> String {
 pub(crate) fn describe_card(card: &engine::card::Card) -> String {
     let d = &card.defaults;
     let s = &card.schedule;
+    let levels = match s.edm {
+        Some(edm) => format!(", EDM noise levels {} to {}", edm.sigma_min, edm.sigma_max),
+        None if s.rescale_betas_zero_snr => ", zero terminal SNR".into(),
+        None => String::new(),
+    };
     let mut lines = vec![
         format!("family      {}", word(&card.family)),
-        format!(
-            "prediction  {}{}",
-            word(&s.prediction_type),
-            if s.rescale_betas_zero_snr { ", zero terminal SNR" } else { "" }
-        ),
+        format!("prediction  {}{levels}", word(&s.prediction_type)),
         format!(
             "defaults    {}x{}, {} steps of {}, cfg {:?}",
             d.width, d.height, d.steps, d.sampler, d.guidance_scale

@@ -26,6 +26,7 @@ mod profile;
 mod progress;
 mod report;
 mod size;
+mod synthetic;
 mod terminal;
 
 use std::process::ExitCode;
@@ -69,6 +70,7 @@ pub fn sdfast(arguments: Sdfast) -> Result<()> {
 pub fn sdconv(arguments: Sdconv) -> Result<()> {
     match arguments.command {
         Some(ConvertCommand::Inspect(arguments)) => inspect::run(&arguments),
+        Some(ConvertCommand::Synthetic(arguments)) => synthetic::run(&arguments),
         None => convert_checkpoint::run(arguments.convert),
     }
 }

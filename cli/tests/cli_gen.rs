@@ -160,3 +160,28 @@ fn a_repeated_prompt_is_remembered() {
     fs::remove_dir_all(&kept).expect("safe to delete");
     assert!(first == picture("d.png"));
 }
+
+/// The table adds up to what the run took, and the trace holds every call of it.
+#[test]
+fn a_profile_as_a_table_and_as_a_trace() {
+    let dir = folder();
+    let gen_with = |profile| {
+        sdfast(dir.path(), &["gen", "a star", "--steps", "1", "-o", "a.png", "--seed", "1", profile]).done()
+    };
+    let table = gen_with("--profile").stderr;
+    for word in ["network", "unet", "vae", "conv", "attention", "GOP/s"] {
+        assert!(table.contains(word), "no {word}: {table}");
+    }
+    gen_with("--profile=trace.json");
+    let trace = fs::read(dir.path().join("trace.json")).expect("written");
+    let trace: serde_json::Value = serde_json::from_slice(&trace).expect("JSON");
+    let events = trace["traceEvents"].as_array().expect("a list");
+    assert!(events.len() > 100, "{} events", events.len());
+    let number = |event: &serde_json::Value, key: &str| event[key].as_f64().expect("a number");
+    for pair in events.windows(2) {
+        assert_eq!(pair[0]["ph"], "X");
+        let end = number(&pair[0], "ts") + number(&pair[0], "dur");
+        assert!(number(&pair[1], "ts") >= end - 1.0, "{pair:?}");
+    }
+    assert!(names(dir.path()).contains(&"trace.json".to_string()));
+}

@@ -62,3 +62,60 @@ fn every_quantization_makes_pictures() {
         }
     }
 }
+
+/// A file that grows beyond what the process may write: as a disk that fills up.
+#[cfg(unix)]
+#[test]
+fn no_room_for_the_output() {
+    let dir = folder();
+    let checkpoint = checkpoint().display().to_string();
+    let mut shell = common::command("sh", dir.path());
+    shell.args(["-c", "ulimit -f 1000; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_sdconv")]);
+    let ran: common::Ran = shell.args([&checkpoint, "-q", "-o", "x.sdq"]).output().expect("it starts").into();
+    let told = ran.refused("no room for the");
+    assert!(told.stderr.contains("hint: free some space"), "{}", told.stderr);
+    assert!(names(dir.path()).is_empty());
+}
+
+#[test]
+fn synthetic_checkpoints_of_every_layout() {
+    let dir = folder();
+    for (layout, file) in [
+        ("ldm", "a.safetensors"),
+        ("zip", "a.ckpt"),
+        ("pickle", "b.ckpt"),
+        ("gguf", "a.gguf"),
+        ("sharded", "a"),
+    ] {
+        sdconv(dir.path(), &["synthetic", "tiny-sdxl", "--layout", layout, "-o", file]).done();
+        sdconv(dir.path(), &[file, "-q", "--force", "-o", "a.sdq"]).done();
+    }
+    sdconv(dir.path(), &["synthetic", "tiny-sdxl", "-o", "a.ckpt"]).refused("a.ckpt exists");
+    sdconv(dir.path(), &["synthetic", "sd9", "-o", "b"]).refused("no family named");
+    sdconv(dir.path(), &["synthetic", "sdxl", "--layout", "rar", "-o", "b"]).refused("rar");
+    sdconv(dir.path(), &["synthetic", "sdxl", "--layout", "gguf", "--dtype", "f8_e4m3", "-o", "b"])
+        .refused("no numbers of 8 bits");
+    assert_eq!(names(dir.path()), ["a", "a.ckpt", "a.gguf", "a.safetensors", "a.sdq", "b.ckpt"]);
+}
+
+#[test]
+fn models_that_need_more_or_less_than_others() {
+    let dir = folder();
+    let make = |name: &str| {
+        let (checkpoint, model) = (format!("{name}.safetensors"), format!("{name}.sdq"));
+        sdconv(dir.path(), &["synthetic", &format!("tiny-{name}"), "-o", &checkpoint]).done();
+        sdconv(dir.path(), &[&checkpoint, "-q", "-o", &model]).done();
+        model
+    };
+    let model = make("sdxl-inpaint");
+    sdfast(dir.path(), &["gen", "x", "-m", &model]).refused("this model edits pictures");
+    for name in ["cosxl", "playground-2.5"] {
+        let model = make(name);
+        let small = ["gen", "x", "-m", &model, "-W", "64", "-H", "64", "--steps", "2", "-o", "x.png"];
+        sdfast(dir.path(), &small).done();
+        sdfast(dir.path(), &[&small[..], &["--schedule", "normal"]].concat()).done();
+        sdfast(dir.path(), &[&small[..], &["--sampler", "ddim"]].concat()).refused("needs timesteps");
+        let told = sdfast(dir.path(), &["info", &model]).done().stdout;
+        assert!(told.contains("EDM noise levels"), "{told}");
+    }
+}

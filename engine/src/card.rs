@@ -140,6 +140,13 @@ pub struct VaeConfig {
     pub scaling_factor: f32,
     /// See `scaling_factor`.
     pub shift_factor: f32,
+    /// Mean and deviation of each channel of the encoder's latents, where the denoiser sees them normalized before they are
+    /// scaled (Playground 2.5); else empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub latents_mean: Vec<f32>,
+    /// See `latents_mean`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub latents_std: Vec<f32>,
     /// Whether there are 1 x 1 convolutions around the latents.
     pub use_quant_conv: bool,
     /// Whether the middle has attention.
@@ -150,6 +157,16 @@ impl VaeConfig {
     /// Pixels per latent, each way.
     pub fn factor(&self) -> usize {
         1 << (self.block_out_channels.len() - 1)
+    }
+
+    /// From the denoiser's latents to the encoder's, in place: `[latent_channels, n]`.
+    pub fn unscale(&self, latents: &mut [f32]) {
+        let n = latents.len() / self.latent_channels;
+        for (channel, plane) in latents.chunks_exact_mut(n).enumerate() {
+            let mean = self.latents_mean.get(channel).copied().unwrap_or(0.0);
+            let std = self.latents_std.get(channel).copied().unwrap_or(1.0);
+            plane.iter_mut().for_each(|x| *x = *x / self.scaling_factor * std + (self.shift_factor + mean));
+        }
     }
 }
 
@@ -174,6 +191,33 @@ pub struct ScheduleConfig {
     pub steps_offset: usize,
     /// Whether DDIM's last step goes to alpha 1 or to that of timestep 0.
     pub set_alpha_to_one: bool,
+    /// Continuous noise levels in place of timesteps and betas, which then count for nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub edm: Option<EdmConfig>,
+}
+
+/// Noise levels and preconditioning of Karras et al. 2022 ("EDM"): CosXL, Playground 2.5. What is called the noise
+/// prediction is their `F` there, the velocity is its negative.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EdmConfig {
+    /// Least noise level.
+    pub sigma_min: f64,
+    /// Largest noise level.
+    pub sigma_max: f64,
+    /// Deviation of the data.
+    pub sigma_data: f64,
+    /// How the levels of a run are spread when nothing else is said.
+    pub sigma_schedule: SigmaSchedule,
+}
+
+/// diffusers' `sigma_schedule`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SigmaSchedule {
+    /// Evenly in the seventh root.
+    Karras,
+    /// Evenly in the logarithm.
+    Exponential,
 }
 
 /// How betas lie between their ends.
@@ -350,6 +394,18 @@ impl VaeConfig {
         inside("layers_per_block", self.layers_per_block, 1, limit::BLOCKS)?;
         channels(&self.block_out_channels, self.norm_num_groups)?;
         positive("scaling_factor", f64::from(self.scaling_factor))?;
+        for list in [&self.latents_mean, &self.latents_std] {
+            if !list.is_empty() {
+                inside(
+                    "numbers for the latents' channels",
+                    list.len(),
+                    self.latent_channels,
+                    self.latent_channels,
+                )?;
+            }
+        }
+        self.latents_mean.iter().try_for_each(|&mean| finite("latents_mean", f64::from(mean)))?;
+        self.latents_std.iter().try_for_each(|&std| positive("latents_std", f64::from(std)))?;
         finite("shift_factor", f64::from(self.shift_factor))
     }
 }
@@ -358,6 +414,14 @@ impl ScheduleConfig {
     fn check(&self) -> Result<(), String> {
         inside("num_train_timesteps", self.num_train_timesteps, 1, limit::STEPS)?;
         inside("steps_offset", self.steps_offset, 0, self.num_train_timesteps)?;
+        if let Some(EdmConfig { sigma_min, sigma_max, sigma_data, .. }) = self.edm {
+            positive("sigma_min", sigma_min)?;
+            positive("sigma_data", sigma_data)?;
+            finite("sigma_max", sigma_max)?;
+            if sigma_min >= sigma_max {
+                return Err(format!("noise levels from {sigma_min} to {sigma_max}"));
+            }
+        }
         positive("beta_start", self.beta_start)?;
         if self.beta_start <= self.beta_end && self.beta_end < 1.0 {
             return Ok(());

@@ -64,6 +64,20 @@ pub enum Error {
         /// Name in the sampler table.
         sampler: &'static str,
     },
+    /// A sampler over timesteps for a model that has none.
+    #[error("the sampler {sampler} needs timesteps, and this model has continuous noise levels (EDM)")]
+    NoTimesteps {
+        /// Name in the sampler table.
+        sampler: &'static str,
+    },
+    /// A network that reads a picture or a mask beside the latents.
+    #[error("this model edits pictures: its network reads {found} channels, and latents have {latents}")]
+    EditsPictures {
+        /// Channels that the network reads.
+        found: usize,
+        /// Channels of the latents.
+        latents: usize,
+    },
     /// Latents of another size than the picture's.
     #[error("the latents are {found:?} where {expected:?} is wanted ([channels, height, width])")]
     LatentsShape {
@@ -129,6 +143,12 @@ impl Error {
             Error::UnknownSampler { known, .. } => Some(format!("known samplers: {}", known.join(", "))),
             Error::UnknownSchedule { known, .. } => Some(format!("known schedules: {}", known.join(", "))),
             Error::OwnSchedule { .. } => Some("leave --schedule out, or choose another --sampler".into()),
+            Error::NoTimesteps { .. } => {
+                Some("choose another --sampler, for example dpmpp_2m or euler".into())
+            }
+            Error::EditsPictures { .. } => Some(
+                "inpainting and editing are not there yet; use a model that makes pictures from text".into(),
+            ),
             Error::LatentsShape { expected: [_, h, w], .. } => {
                 Some(format!("the latents must belong to the picture's size, here {w} wide and {h} high"))
             }

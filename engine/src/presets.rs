@@ -51,6 +51,8 @@ pub fn card(family: Family) -> Card {
             norm_num_groups: 32,
             scaling_factor: if xl { 0.13025 } else { 0.18215 },
             shift_factor: 0.0,
+            latents_mean: Vec::new(),
+            latents_std: Vec::new(),
             use_quant_conv: true,
             mid_block_add_attention: true,
         },
@@ -64,6 +66,7 @@ pub fn card(family: Family) -> Card {
             timestep_spacing: TimestepSpacing::Leading,
             steps_offset: 1,
             set_alpha_to_one: false,
+            edm: None,
         },
         defaults: Defaults {
             width: side,

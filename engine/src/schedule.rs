@@ -2,10 +2,11 @@
 //!
 //! Names: `alphas_cumprod[t]` is the share of the picture in the variance at timestep `t`; `sigma = sqrt((1 - a) / a)` is the
 //! noise level of the same state scaled to unit picture. Timesteps and their spacings are those of diffusers; named
-//! schedules are those of the WebUI and ComfyUI (Karras et al. 2022 for `karras`).
+//! schedules are those of the WebUI and ComfyUI (Karras et al. 2022 for `karras`). Models with EDM's continuous noise levels
+//! have a table of them too, spread evenly in the logarithm; their network is told `ln(sigma) / 4` in place of a timestep.
 #![forbid(unsafe_code)]
 
-use crate::card::{BetaSchedule, Prediction, ScheduleConfig, TimestepSpacing};
+use crate::card::{BetaSchedule, EdmConfig, Prediction, ScheduleConfig, SigmaSchedule, TimestepSpacing};
 use crate::error::{Error, Result};
 
 /// What stands for a share of zero where it is divided by: the smallest positive half-precision number, as in diffusers.
@@ -20,18 +21,27 @@ pub struct Schedule {
     steps_offset: usize,
     prediction: Prediction,
     final_alpha_cumprod: f64,
+    edm: Option<EdmConfig>,
 }
 
 impl Schedule {
     /// The schedule that `config` describes.
     pub fn new(config: &ScheduleConfig) -> Self {
-        let mut alphas_cumprod = alphas_cumprod(config);
-        if config.rescale_betas_zero_snr {
-            rescale_zero_terminal_snr(&mut alphas_cumprod);
-        }
-        let sigma = |a: &f64| ((1.0 - a) / a.max(SMALLEST_ALPHA)).sqrt();
+        let (alphas_cumprod, sigmas) = match &config.edm {
+            Some(edm) => edm_levels(edm, config.num_train_timesteps),
+            None => {
+                let mut alphas_cumprod = alphas_cumprod(config);
+                if config.rescale_betas_zero_snr {
+                    rescale_zero_terminal_snr(&mut alphas_cumprod);
+                }
+                let sigma = |a: &f64| ((1.0 - a) / a.max(SMALLEST_ALPHA)).sqrt();
+                let sigmas = alphas_cumprod.iter().map(sigma).collect();
+                (alphas_cumprod, sigmas)
+            }
+        };
         Schedule {
-            sigmas: alphas_cumprod.iter().map(sigma).collect(),
+            sigmas,
+            edm: config.edm,
             spacing: config.timestep_spacing,
             steps_offset: config.steps_offset,
             prediction: config.prediction_type,
@@ -43,6 +53,11 @@ impl Schedule {
     /// What the network predicts.
     pub fn prediction(&self) -> Prediction {
         self.prediction
+    }
+
+    /// The continuous noise levels, where the model has such.
+    pub fn edm(&self) -> Option<&EdmConfig> {
+        self.edm.as_ref()
     }
 
     /// Timesteps of training.
@@ -102,6 +117,12 @@ impl Schedule {
 
     /// The noise levels that a run of `steps` visits.
     pub fn levels(&self, steps: usize, spread: Spread) -> Levels {
+        let wanted = spread;
+        let spread = match (spread, self.edm.map(|edm| edm.sigma_schedule)) {
+            (Spread::Model, Some(SigmaSchedule::Karras)) => Spread::Karras,
+            (Spread::Model, Some(SigmaSchedule::Exponential)) => Spread::Exponential,
+            (spread, _) => spread,
+        };
         let smallest = self.sigmas[0];
         let largest = self.sigmas[self.sigmas.len() - 1];
         let share = |i: usize| if steps == 1 { 0.0 } else { i as f64 / (steps - 1) as f64 };
@@ -136,12 +157,12 @@ impl Schedule {
             }
         };
         let first = visits[0].1;
-        let init_noise_sigma = match (spread, self.spacing) {
-            (Spread::Model, TimestepSpacing::Leading) => (first * first + 1.0).sqrt(),
-            _ => first,
-        };
-        let (timesteps, mut sigmas): (Vec<f32>, Vec<f64>) =
-            visits.into_iter().map(|(t, s)| (t as f32, s)).unzip();
+        let with_picture =
+            self.edm.is_some() || wanted == Spread::Model && self.spacing == TimestepSpacing::Leading;
+        let init_noise_sigma = if with_picture { (first * first + 1.0).sqrt() } else { first };
+        let told =
+            |(t, sigma): (f64, f64)| (if self.edm.is_some() { sigma.ln() / 4.0 } else { t } as f32, sigma);
+        let (timesteps, mut sigmas): (Vec<f32>, Vec<f64>) = visits.into_iter().map(told).unzip();
         sigmas.push(0.0);
         Levels { timesteps, sigmas, init_noise_sigma }
     }
@@ -157,7 +178,7 @@ impl Schedule {
 /// Where a run evaluates the network.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Levels {
-    /// One per step.
+    /// What the network is told, one per step.
     pub timesteps: Vec<f32>,
     /// One per step, and the zero behind the last.
     pub sigmas: Vec<f64>,
@@ -244,6 +265,14 @@ fn alphas_cumprod(config: &ScheduleConfig) -> Vec<f64> {
     (0..total).map(&mut next).collect()
 }
 
+/// Shares of the picture and noise levels of `total` levels, rising.
+fn edm_levels(edm: &EdmConfig, total: usize) -> (Vec<f64>, Vec<f64>) {
+    let (low, high) = (edm.sigma_min.ln(), edm.sigma_max.ln());
+    let sigma = |i: usize| (low + (high - low) * i as f64 / (total.max(2) - 1) as f64).exp();
+    let sigmas: Vec<f64> = (0..total).map(sigma).collect();
+    (sigmas.iter().map(|s| 1.0 / (s * s + 1.0)).collect(), sigmas)
+}
+
 /// Makes the last timestep pure noise and keeps the first (Lin et al. 2023, algorithm 1).
 fn rescale_zero_terminal_snr(alphas_cumprod: &mut [f64]) {
     let (Some(&first), Some(&last)) = (alphas_cumprod.first(), alphas_cumprod.last()) else { return };
@@ -270,6 +299,7 @@ pub(crate) mod tests {
             timestep_spacing: TimestepSpacing::Leading,
             steps_offset: 1,
             set_alpha_to_one: false,
+            edm: None,
         }
     }
 

@@ -22,6 +22,7 @@ fn schedule() -> Schedule {
         timestep_spacing: TimestepSpacing::Leading,
         steps_offset: 1,
         set_alpha_to_one: false,
+        edm: None,
     })
 }
 

@@ -14,8 +14,8 @@ import os
 import warnings
 
 import torch
-from diffusers import (DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
-                       HeunDiscreteScheduler, LCMScheduler)
+from diffusers import (DDIMScheduler, DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler, EDMEulerScheduler,
+                       EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, LCMScheduler)
 from transformers import CLIPTokenizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -43,7 +43,9 @@ def noise():
 
 def card(config):
     """The schedule of a model card: what engine::card::ScheduleConfig reads."""
-    rest = {k: v for k, v in config.items() if k != "prediction_type"}
+    rest = {k: v for k, v in config.items() if k not in ("prediction_type", "edm")}
+    if "edm" in config:
+        rest["edm"] = config["edm"]
     return {**rest, "prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}[config["prediction_type"]]}
 
 
@@ -72,19 +74,32 @@ def schedules():
                 if not all(k in known for k in change):
                     continue
                 s = make(**{k: v for k, v in config.items() if k in known}, **more_config)
-                s.set_timesteps(steps)
-                start, outputs, own = (torch.Generator("cpu").manual_seed(n) for n in (1, 2, 3))
-                x = torch.randn(8, generator=start) * s.init_noise_sigma
-                latents = []
-                for t in s.timesteps:
-                    y = s.scale_model_input(x, t)
-                    out = torch.randn(8, generator=outputs) + 0.5 * y
-                    more = {"generator": own} if "generator" in inspect.signature(s.step).parameters else {}
-                    x = s.step(out, t, x, **more).prev_sample
-                    latents.append([float(f"{v:.9g}") for v in x.tolist()])
-                rows.append({"config": card(config), "sampler": name.split()[0], "spread": spread, "steps": steps, "latents": latents,
-                             "timesteps": s.timesteps.tolist(), "init_noise_sigma": float(s.init_noise_sigma)})
+                rows.append(run(s, name.split()[0], spread, config, steps))
+    # Continuous noise levels: Playground 2.5, CosXL.
+    for prediction, levels in [("epsilon", dict(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, sigma_schedule="karras")),
+                               ("v_prediction", dict(sigma_min=0.002, sigma_max=120.0, sigma_data=1.0, sigma_schedule="exponential"))]:
+        config = {**base, "prediction_type": prediction, "edm": levels}
+        for name, make, more_config in [("euler", EDMEulerScheduler, {}), ("dpmpp_2m", EDMDPMSolverMultistepScheduler, {}),
+                                        ("dpmpp_2m_sde", EDMDPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"})]:
+            # Of one level in an even spread, diffusers takes the least.
+            for steps in (4, 7, 20) if levels["sigma_schedule"] == "exponential" else (1, 4, 7, 20):
+                rows.append(run(make(prediction_type=prediction, **levels, **more_config), name, "model", config, steps))
     write("schedules.json", rows)
+
+
+def run(s, sampler, spread, config, steps):
+    s.set_timesteps(steps)
+    start, outputs, own = (torch.Generator("cpu").manual_seed(n) for n in (1, 2, 3))
+    x = torch.randn(8, generator=start) * s.init_noise_sigma
+    latents = []
+    for t in s.timesteps:
+        y = s.scale_model_input(x, t)
+        out = torch.randn(8, generator=outputs) + 0.5 * y
+        more = {"generator": own} if "generator" in inspect.signature(s.step).parameters else {}
+        x = s.step(out, t, x, **more).prev_sample
+        latents.append([float(f"{v:.9g}") for v in x.tolist()])
+    return {"config": card(config), "sampler": sampler, "spread": spread, "steps": steps, "latents": latents,
+            "timesteps": s.timesteps.tolist(), "init_noise_sigma": float(s.init_noise_sigma)}
 
 
 def tokens():

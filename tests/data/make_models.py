@@ -1,7 +1,8 @@
 """Stable Diffusion models with random weights, and what diffusers makes of them in f32.
 
     python make_models.py                        the tiny models, beside this file
-    python make_models.py --out FOLDER NAME ...  those named; also sd15, sd21, sdxl: of full size, several GB each
+    python make_models.py --out FOLDER NAME ...  those named; also sd15, sd21, sdxl: of full size, 2 to 7 GB each, for which it
+                                                 takes minutes and, for sdxl, 14 GB of memory
 
 writes, for each model, a diffusers folder NAME/ with f16 weights and NAME/golden.safetensors. The tiny networks have every
 part that their large relatives have, at widths of 16 to 64; their latents are 9 x 7, so that each change of resolution
@@ -21,8 +22,11 @@ Tensors of golden.safetensors (f32, ids int32), the ones that a model has; laten
     vae_picture              [1, 3, 8h, 8w]    in [-1, 1]
     vae_mean, vae_logvar     [1, 4, h, w]
 
-Weights are drawn from normal distributions scaled by the fan-in, norms and biases included, so that a part left out or
-taken wrongly shows in the output. Needs torch, diffusers, transformers and safetensors.
+The tiny models' weights are drawn from normal distributions scaled by the fan-in, norms and biases included, so that a part
+left out or taken wrongly shows in the output. Those of full size are as torch and transformers initialize them, but for their
+norms, which are drawn too: as in trained networks, a layer adds less to its input than it holds already. (Where each layer
+adds as much as it finds, errors of rounding grow with the depth in a way that no trained network shows.) Needs torch,
+diffusers, transformers and safetensors.
 """
 import argparse
 import json
@@ -90,12 +94,12 @@ LARGE = dict(UNET, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2
              down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
 FULL = {
     "sd15": dict(pipeline="StableDiffusionPipeline", text=[clip(768, 12, 12, "quick_gelu", 768)], pad=["<|endoftext|>"], scale=0.18215,
-                 latents=(64, 64), vae=LARGE_VAE, unet=dict(LARGE, cross_attention_dim=768, attention_head_dim=8)),
+                 latents=(48, 40), vae=LARGE_VAE, unet=dict(LARGE, cross_attention_dim=768, attention_head_dim=8)),
     "sd21": dict(pipeline="StableDiffusionPipeline", text=[clip(1024, 23, 16, "gelu", 512)], pad=["!"], scale=0.18215, prediction="v_prediction",
-                 latents=(64, 64), vae=LARGE_VAE,
+                 latents=(48, 40), vae=LARGE_VAE,
                  unet=dict(LARGE, cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True)),
     "sdxl": dict(pipeline="StableDiffusionXLPipeline", text=[clip(768, 12, 12, "quick_gelu", 768), clip(1280, 32, 20, "gelu", 1280)],
-                 pad=["<|endoftext|>", "!"], scale=0.13025, latents=(64, 48), vae=LARGE_VAE,
+                 pad=["<|endoftext|>", "!"], scale=0.13025, latents=(48, 40), vae=LARGE_VAE,
                  unet=dict(LARGE, **XL_3 | dict(transformer_layers_per_block=[1, 2, 10], addition_time_embed_dim=256),
                            cross_attention_dim=2048, attention_head_dim=[5, 10, 20], projection_class_embeddings_input_dim=1280 + 6 * 256)
                  | dict(block_out_channels=(320, 640, 1280))),
@@ -130,10 +134,16 @@ def write_json(path, value):
 
 
 @torch.no_grad()
-def randomize(module, seed):
-    """Weights scaled by the fan-in, norms around 1, small biases; all of them exact in f16."""
+def build(make, seed, full):
+    """What `make` returns, with random weights, all of them exact in f16. Norms are around 1; the rest is scaled by the fan-in
+    with small biases, or, where `full`, as initialized."""
+    torch.manual_seed(seed)
+    module = make()
     g = torch.Generator().manual_seed(seed)
     for name, p in sorted(module.named_parameters()):
+        if full and not ("norm" in name and p.ndim == 1):
+            p.copy_(p.half().float())
+            continue
         x = torch.randn(p.shape, generator=g)
         if p.ndim >= 2:
             fan_in = 4 if "embedding.weight" in name else p[0].numel()      # token and position tables: fixed size
@@ -179,7 +189,7 @@ def text_parts(name, spec, folder, seed):
         vocab = write_tokenizer(f"{folder}/tokenizer{end}", pad, name in FULL)
         tok = CLIPTokenizer.from_pretrained(f"{folder}/tokenizer{end}")
         config = CLIPTextConfig(vocab_size=vocab, bos_token_id=vocab - 2, eos_token_id=vocab - 1, pad_token_id=1, **settings)
-        model = randomize((CLIPTextModelWithProjection if i else CLIPTextModel)(config), seed + i)
+        model = build(lambda: (CLIPTextModelWithProjection if i else CLIPTextModel)(config), seed + i, name in FULL)
         save_part(model, f"{folder}/text_encoder{end}")
         ids = torch.tensor(tok(["", PROMPT], padding="max_length", max_length=77, truncation=True)["input_ids"])
         r = model(ids, output_hidden_states=True)
@@ -201,7 +211,7 @@ def make(name, spec, out):
     context = torch.cat([h for _, _, h, _ in parts], -1)
     golden["text_embeddings"] = context
 
-    unet = randomize(UNet2DConditionModel(**spec["unet"]), seed + 2)
+    unet = build(lambda: UNet2DConditionModel(**spec["unet"]), seed + 2, name in FULL)
     save_part(unet, f"{folder}/unet")
     x = torch.randn((1, spec["unet"]["in_channels"], h, w), generator=g)
     times, predictions = torch.tensor([981., 261.]), []
@@ -220,7 +230,7 @@ def make(name, spec, out):
     golden |= dict(latents=x, timestep=times, prediction=torch.cat(predictions))
     del unet
 
-    vae = randomize(AutoencoderKL(**VAE | spec.get("vae", {}), scaling_factor=spec["scale"], sample_size=64), seed + 3)
+    vae = build(lambda: AutoencoderKL(**VAE | spec.get("vae", {}), scaling_factor=spec["scale"], sample_size=64), seed + 3, name in FULL)
     save_part(vae, f"{folder}/vae")
     z = 2 * torch.randn((1, 4, h, w), generator=g)
     picture = (torch.rand((1, 3, 8 * h, 8 * w), generator=g) * 2 - 1).half().float()

@@ -41,8 +41,7 @@ const UNET_MUST: [(&str, &[&str]); 20] = [
     ("conv_in_kernel", &["3"]),
     ("conv_out_kernel", &["3"]),
 ];
-const VAE_MUST: [(&str, &[&str]); 3] =
-    [("act_fn", &["\"silu\"", "\"swish\""]), ("latents_mean", &["null"]), ("latents_std", &["null"])];
+const VAE_MUST: [(&str, &[&str]); 1] = [("act_fn", &["\"silu\"", "\"swish\""])];
 
 /// Everything a card is concluded from.
 pub(super) struct Evidence<'a> {
@@ -313,7 +312,22 @@ impl Evidence<'_> {
             _ => None,
         };
         let scale = config.and_then(|c| c.get("scaling_factor")?.as_f64()).or(scale);
-        let usual = if matches!(family, Family::Sdxl | Family::SdxlRefiner) { 0.13025 } else { 0.18215 };
+        let statistics = |key: &str, marker: &str| -> Result<Vec<f32>, Error> {
+            match config.and_then(|c| c.get(key)).filter(|list| !list.is_null()) {
+                Some(list) => serde_json::from_value(list.clone())
+                    .map_err(|_| self.unsupported(format!("its VAE has {key} {list}"))),
+                None if self.configs.get("scheduler").is_some() => Ok(Vec::new()),
+                None => Ok(self.marked(marker)?.unwrap_or_default()),
+            }
+        };
+        let latents_mean = statistics("latents_mean", "edm_mean")?;
+        let latents_std = statistics("latents_std", "edm_std")?;
+        let usual = match family {
+            // Playground 2.5
+            Family::Sdxl if !latents_std.is_empty() => 0.5,
+            Family::Sdxl | Family::SdxlRefiner => 0.13025,
+            Family::Sd15 | Family::Sd2 => 0.18215,
+        };
         let latents = "vae.decoder.conv_in.weight";
         Ok(VaeConfig {
             in_channels: self.dim("vae.encoder.conv_in.weight", 1)?,
@@ -324,13 +338,20 @@ impl Evidence<'_> {
             norm_num_groups: number(config, "norm_num_groups").unwrap_or(32),
             scaling_factor: scale.unwrap_or(usual) as f32,
             shift_factor: config.and_then(|c| c.get("shift_factor")?.as_f64()).unwrap_or(0.0) as f32,
+            latents_mean,
+            latents_std,
             use_quant_conv: self.has("vae.post_quant_conv.weight"),
             mid_block_add_attention: self.has("vae.decoder.mid_block.attentions.0.to_q.weight"),
         })
     }
 
     /// Refuses what no Stable Diffusion has, so that no network is run with parts of it left out.
-    fn demand(&self, what: &str, config: Option<&Value>, must: &[(&str, &[&str])]) -> Result<(), Error> {
+    pub(super) fn demand(
+        &self,
+        what: &str,
+        config: Option<&Value>,
+        must: &[(&str, &[&str])],
+    ) -> Result<(), Error> {
         for (key, allowed) in must {
             if let Some(value) = config.and_then(|c| c.get(key))
                 && !allowed.iter().any(|a| serde_json::from_str::<Value>(a).is_ok_and(|a| a == *value))

@@ -6,7 +6,7 @@ use crate::error::Error;
 use crate::source::Source;
 
 /// Parts of names that tell a family that can't be converted.
-const FAMILIES: [(&str, &str); 9] = [
+const FAMILIES: [(&str, &str); 13] = [
     ("double_stream_modulation_img.lin.weight", "FLUX.2"),
     ("distilled_guidance_layer.in_proj.bias", "Chroma"),
     ("double_blocks.0.img_attn.norm.key_norm.scale", "FLUX.1"),
@@ -16,15 +16,20 @@ const FAMILIES: [(&str, &str); 9] = [
     ("head.modulation", "Wan"),
     ("input_blocks.8.0.time_mixer.mix_factor", "Stable Video Diffusion"),
     ("effnet_mapper.0.weight", "Stable Cascade"),
+    ("t_block.1.weight", "PixArt"),
+    ("mlp_t5.0.weight", "Hunyuan-DiT"),
+    ("label_emb.weight", "Stable Diffusion upscaler"),
+    ("noise_augmentor.data_mean", "Stable Diffusion unCLIP"),
 ];
 
 /// Parts of names that tell a file that goes beside a model.
-const BESIDE: [(&str, &str, &str); 22] = [
+const BESIDE: [(&str, &str, &str); 32] = [
     (".lora_down.", "a LoRA", USE),
     (".lora_up.", "a LoRA", USE),
     (".lora_A.", "a LoRA", USE),
     (".lora.down.", "a LoRA", USE),
     ("_lora.down.", "a LoRA", USE),
+    (".lora_linear_layer.", "a LoRA", USE),
     (".hada_w1", "a LoRA (LoHa)", USE),
     (".lokr_w1", "a LoRA (LoKr)", USE),
     ("lora_unet_", "a LoRA", USE),
@@ -35,6 +40,15 @@ const BESIDE: [(&str, &str, &str); 22] = [
     ("input_hint_block.", "a ControlNet", USE),
     ("ip_adapter.", "an IP-Adapter", USE),
     ("image_proj.", "an IP-Adapter", USE),
+    ("adapter.body.", "a T2I-Adapter", USE),
+    ("body.0.block1.", "a T2I-Adapter", USE),
+    ("body.0.in_conv.", "a T2I-Adapter", USE),
+    ("position_net.", "a GLIGEN adapter", USE),
+    ("vision_model.", "an image encoder (CLIP)", USE),
+    ("visual.conv1.", "an image encoder (CLIP)", USE),
+    ("concept_embeds", "a safety checker", "convert the model it goes with; no safety checker is needed"),
+    ("taesd_decoder.", "a tiny VAE (TAESD)", USE),
+    ("decoder.layers.", "a tiny VAE (TAESD)", USE),
     ("string_to_param", "an embedding (textual inversion)", USE),
     ("emb_params", "an embedding (textual inversion)", USE),
     ("motion_modules.", "a motion module", USE),
@@ -64,6 +78,9 @@ pub(super) fn check(source: &Source, named: &Named) -> Result<(), Error> {
         let known = BESIDE.iter().find(|(key, ..)| names().any(|n| n.contains(key)));
         if let Some((_, what, hint)) = known {
             return kind(what, hint);
+        }
+        if is_embedding(source) {
+            return kind("an embedding (textual inversion)", USE);
         }
     }
     if !unet {
@@ -95,4 +112,13 @@ pub(super) fn check(source: &Source, named: &Named) -> Result<(), Error> {
             &format!("it lacks {}; convert a whole checkpoint", absent.join(" and ")),
         ),
     }
+}
+
+/// A few rows as wide as a text encoder, under the name of a token or an encoder.
+fn is_embedding(source: &Source) -> bool {
+    source.tensors.len() <= 4
+        && source.tensors.iter().all(|(name, tensor)| {
+            let wide = tensor.shape.last().is_some_and(|width| [768, 1024, 1280, 4096].contains(width));
+            !name.contains('.') && tensor.shape.len() <= 2 && wide
+        })
 }

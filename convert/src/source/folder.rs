@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::Source;
@@ -130,15 +131,72 @@ fn tokenizer(folder: &Path) -> Result<Option<TokenizerFiles>, Error> {
     };
     let pads = [pad("tokenizer")?, pad("tokenizer_2")?];
     for sub in ["tokenizer", "tokenizer_2"] {
-        let vocab = file(&folder.join(sub).join("vocab.json"), MAX_TOKENIZER)?;
-        let merges = file(&folder.join(sub).join("merges.txt"), MAX_TOKENIZER)?;
-        if let (Some(vocab), Some(merges)) = (vocab, merges) {
+        let folder = folder.join(sub);
+        let vocab = file(&folder.join("vocab.json"), MAX_TOKENIZER)?;
+        let merges = file(&folder.join("merges.txt"), MAX_TOKENIZER)?;
+        let files = match (vocab, merges) {
+            (Some(vocab), Some(merges)) => Some((vocab, merges)),
+            _ => one_file(&folder.join("tokenizer.json"))?,
+        };
+        if let Some((vocab, merges)) = files {
             // A folder with the second tokenizer alone is one of the refiner, whose first encoder it serves.
             let pad = if sub == "tokenizer" { pads } else { [pads[1].clone(), None] };
             return Ok(Some(TokenizerFiles { vocab, merges, pad }));
         }
     }
     Ok(None)
+}
+
+/// What stands in `vocab.json` and `merges.txt`.
+type VocabAndMerges = (Vec<u8>, Vec<u8>);
+
+/// The vocabulary and the merges that stand together in the `tokenizer.json` of the tokenizers library, as the two files that
+/// they were before.
+fn one_file(path: &Path) -> Result<Option<VocabAndMerges>, Error> {
+    #[derive(Deserialize)]
+    struct Whole {
+        model: Model,
+        #[serde(default)]
+        added_tokens: Vec<Added>,
+    }
+    #[derive(Deserialize)]
+    struct Model {
+        #[serde(rename = "type", default)]
+        kind: Option<String>,
+        vocab: BTreeMap<String, u32>,
+        merges: Vec<Merge>,
+    }
+    #[derive(Deserialize)]
+    struct Added {
+        id: u32,
+        content: String,
+    }
+    /// Older files have a pair in one text.
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Merge {
+        Text(String),
+        Pair(String, String),
+    }
+    let Some(bytes) = file(path, MAX_TOKENIZER)? else { return Ok(None) };
+    let whole: Whole = serde_json::from_slice(&bytes).map_err(|e| Error::broken(path, e.to_string()))?;
+    if let Some(kind) = whole.model.kind.filter(|kind| kind != "BPE") {
+        return Err(Error::Unsupported {
+            path: path.to_owned(),
+            what: format!("it is a tokenizer of kind {kind}"),
+        });
+    }
+    let mut vocab = whole.model.vocab;
+    vocab.extend(whole.added_tokens.into_iter().map(|token| (token.content, token.id)));
+    let mut merges = String::from("#version: 0.2\n");
+    for merge in whole.model.merges {
+        match merge {
+            Merge::Text(text) => merges.push_str(&text),
+            Merge::Pair(left, right) => merges.extend([&left, " ", &right]),
+        }
+        merges.push('\n');
+    }
+    Ok(Some((serde_json::to_vec(&vocab).expect("a vocabulary is plain data"), merges.into_bytes())))
 }
 
 /// The file's bytes; `None` where there is no such file.

@@ -58,7 +58,7 @@ pub(super) fn read_legacy(file: &OpenFile) -> Result<Tensors, Error> {
     let (_magic, _protocol, _system) = (next()?, next()?, next()?);
     let (pickle, keys) = (next()?, next()?);
     let types: HashMap<&str, Dtype> = (0..pickle.nodes().len())
-        .filter_map(|id| Storage::of(&pickle, id).ok())
+        .filter_map(|id| Storage::of(&pickle, id, None).ok())
         .map(|storage| (storage.key, storage.dtype))
         .collect();
     let Node::List(list) = keys.get(keys.top) else {
@@ -95,14 +95,34 @@ fn tensors(
     });
     dict = inside.unwrap_or(dict);
     // A name that is set twice has its last value.
-    let mut tensors: HashMap<&str, RawTensor> = HashMap::new();
-    for &(key, value) in dict {
-        let Some(name) = pickle.text(key) else { continue };
-        if let Some(tensor) = tensor(pickle, value, &find).map_err(|e| format!("tensor {name} {e}"))? {
-            tensors.insert(name, tensor);
+    let mut tensors: HashMap<String, RawTensor> = HashMap::new();
+    add(pickle, dict, "", &find, &mut tensors)?;
+    if tensors.is_empty() {
+        // Files beside a model keep their tensors one level deeper.
+        for &(key, value) in dict {
+            if let (Some(name), Some(inner)) = (pickle.text(key), pickle.dict(value)) {
+                add(pickle, inner, &format!("{name}."), &find, &mut tensors)?;
+            }
         }
     }
-    Ok(tensors.into_iter().map(|(name, tensor)| (name.to_owned(), tensor)).collect())
+    Ok(tensors.into_iter().collect())
+}
+
+/// Adds the tensors of a dictionary.
+fn add(
+    pickle: &Pickle,
+    dict: &[(Id, Id)],
+    prefix: &str,
+    find: &impl Fn(&Storage) -> Result<(u64, u64), String>,
+    tensors: &mut HashMap<String, RawTensor>,
+) -> Result<(), String> {
+    for &(key, value) in dict {
+        let Some(name) = pickle.text(key) else { continue };
+        if let Some(tensor) = tensor(pickle, value, find).map_err(|e| format!("tensor {name} {e}"))? {
+            tensors.insert(format!("{prefix}{name}"), tensor);
+        }
+    }
+    Ok(())
 }
 
 /// `None` where the value is no tensor.
@@ -115,8 +135,17 @@ fn tensor(
     let (Node::Global(name), Some(args)) = (pickle.get(*callable), pickle.tuple(*args)) else {
         return Ok(None);
     };
+    let mut named = None; // the type, where it isn't the storage's
     let args = match name.as_str() {
         "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2" => args,
+        "torch._utils._rebuild_tensor_v3" => {
+            let &[.., dtype] = args.get(..7).ok_or("is built in an unknown way")? else { return Ok(None) };
+            let Node::Global(dtype) = pickle.get(dtype) else {
+                return Err("is built in an unknown way".into());
+            };
+            named = Some(dtype.as_str());
+            args
+        }
         // A parameter is a tensor and flags; one of a subclass is the function, the class and its arguments. Neither
         // holds another of its kind.
         "torch._utils._rebuild_parameter" | "torch._tensor._rebuild_from_type_v2" => {
@@ -133,7 +162,7 @@ fn tensor(
         _ => return Ok(None),
     };
     let [storage, start, shape, strides, ..] = args else { return Err("is built in an unknown way".into()) };
-    let storage = Storage::of(pickle, *storage)?;
+    let storage = Storage::of(pickle, *storage, named)?;
     let unreadable = || String::from("has no shape");
     let (start, shape) = (pickle.int(*start), pickle.sizes(*shape).ok_or_else(unreadable)?);
     let strides = pickle.sizes(*strides).filter(|s| s.len() == shape.len()).ok_or_else(unreadable)?;
@@ -169,7 +198,8 @@ struct Storage<'a> {
 }
 
 impl<'a> Storage<'a> {
-    fn of(pickle: &'a Pickle, id: Id) -> Result<Storage<'a>, String> {
+    /// `named` is the type of the numbers, where the storage's class doesn't tell it.
+    fn of(pickle: &'a Pickle, id: Id, named: Option<&str>) -> Result<Storage<'a>, String> {
         let unknown = || String::from("has a storage of an unknown kind");
         let Node::Outside(name) = pickle.get(id) else { return Err(unknown()) };
         let [kind, class, key, _device, _count, view @ ..] = pickle.tuple(*name).ok_or_else(unknown)? else {
@@ -182,6 +212,7 @@ impl<'a> Storage<'a> {
             Some([_key, start, _len]) => pickle.int(*start).ok_or_else(unknown)?,
             _ => 0,
         };
+        let class = named.unwrap_or(class);
         let dtype = dtype(class).ok_or_else(|| format!("has numbers of the unknown type {class}"))?;
         Ok(Storage { dtype, key: pickle.text(*key).ok_or_else(unknown)?, start })
     }
@@ -189,12 +220,12 @@ impl<'a> Storage<'a> {
 
 fn dtype(class: &str) -> Option<Dtype> {
     Some(match class.rsplit('.').next()? {
-        "DoubleStorage" => Dtype::F64,
-        "FloatStorage" => Dtype::F32,
-        "HalfStorage" => Dtype::F16,
-        "BFloat16Storage" => Dtype::Bf16,
-        "Float8_e4m3fnStorage" => Dtype::F8E4M3,
-        "Float8_e5m2Storage" => Dtype::F8E5M2,
+        "DoubleStorage" | "float64" => Dtype::F64,
+        "FloatStorage" | "float32" => Dtype::F32,
+        "HalfStorage" | "float16" => Dtype::F16,
+        "BFloat16Storage" | "bfloat16" => Dtype::Bf16,
+        "float8_e4m3fn" => Dtype::F8E4M3,
+        "float8_e5m2" => Dtype::F8E5M2,
         "LongStorage" => Dtype::Other("i64", 8),
         "IntStorage" => Dtype::Other("i32", 4),
         "ShortStorage" => Dtype::Other("i16", 2),

@@ -1,23 +1,30 @@
 //! Cards of published models beyond the families' first ones, and miniatures.
 #![forbid(unsafe_code)]
 
-use engine::card::{AdditionEmbed, Card, Family, Prediction};
+use engine::card::{AdditionEmbed, Card, EdmConfig, Family, Prediction, SigmaSchedule, TimestepSpacing};
 use engine::presets;
 
 /// Names that [`card`] knows; `tiny-` before one gives its miniature.
-pub const MODELS: [&str; 14] = [
+pub const MODELS: [&str; 21] = [
     "sd15",
     "sd15-inpaint",
     "sd15-edit",
     "sd15-lcm",
+    "bk-sdm-base",
     "bk-sdm-small",
     "bk-sdm-tiny",
     "sd2",
     "sd2-v",
     "sd2-inpaint",
+    "sd2-edit",
     "sdxl",
+    "sdxl-v",
     "sdxl-inpaint",
+    "sdxl-edit",
     "sdxl-refiner",
+    "cosxl",
+    "cosxl-edit",
+    "playground-2.5",
     "ssd-1b",
     "vega",
 ];
@@ -25,27 +32,32 @@ pub const MODELS: [&str; 14] = [
 /// The card of a published model, or of its miniature: the same structure with few channels.
 pub fn card(name: &str) -> Option<Card> {
     let (name, tiny) = name.strip_prefix("tiny-").map_or((name, false), |name| (name, true));
+    if !MODELS.contains(&name) {
+        return None;
+    }
     let mut card = presets::card(match name {
-        "sd15" | "sd15-inpaint" | "sd15-edit" | "sd15-lcm" | "bk-sdm-small" | "bk-sdm-tiny" => Family::Sd15,
-        "sd2" | "sd2-v" | "sd2-inpaint" => Family::Sd2,
-        "sdxl" | "sdxl-inpaint" | "ssd-1b" | "vega" => Family::Sdxl,
+        _ if name.starts_with("sd15") || name.starts_with("bk-sdm-") => Family::Sd15,
+        _ if name.starts_with("sd2") => Family::Sd2,
         "sdxl-refiner" => Family::SdxlRefiner,
-        _ => return None,
+        _ => Family::Sdxl,
     });
     let unet = &mut card.unet;
     match name {
-        "sd15-inpaint" | "sd2-inpaint" | "sdxl-inpaint" => unet.in_channels = 9,
-        "sd15-edit" => unet.in_channels = 8,
+        _ if name.ends_with("-inpaint") => unet.in_channels = 9,
+        _ if name.ends_with("-edit") => unet.in_channels = 8,
         "sd15-lcm" => {
             unet.time_cond_proj_dim = Some(256);
             card.defaults.sampler = "lcm".into();
             (card.defaults.steps, card.defaults.guidance_scale) = (4, 8.0);
         }
-        // Kim et al. 2023: one residual block per level on the way down; then also without the lowest level.
-        "bk-sdm-small" | "bk-sdm-tiny" => {
+        // Kim et al. 2023: one residual block per level on the way down; then without the middle; then also without the
+        // lowest level.
+        "bk-sdm-base" | "bk-sdm-small" | "bk-sdm-tiny" => {
             unet.down_layers.iter_mut().for_each(|l| l.truncate(1));
             unet.up_layers.iter_mut().for_each(|l| l.truncate(2));
-            unet.mid_layers = None;
+            if name != "bk-sdm-base" {
+                unet.mid_layers = None;
+            }
             if name == "bk-sdm-tiny" {
                 unet.block_out_channels.truncate(3);
                 unet.num_attention_heads.truncate(3);
@@ -65,6 +77,33 @@ pub fn card(name: &str) -> Option<Card> {
             unet.up_layers = vec![vec![2, 2, 2], vec![1, 1, 1], vec![0, 0, 0]];
         }
         _ => {}
+    }
+    match name {
+        // NoobAI's and others' velocity models, with zero terminal SNR.
+        "sdxl-v" => {
+            card.schedule.prediction_type = Prediction::V;
+            card.schedule.rescale_betas_zero_snr = true;
+            card.schedule.timestep_spacing = TimestepSpacing::Trailing;
+        }
+        "cosxl" | "cosxl-edit" => {
+            card.schedule.prediction_type = Prediction::V;
+            let sigma_schedule = SigmaSchedule::Exponential;
+            card.schedule.edm =
+                Some(EdmConfig { sigma_min: 0.002, sigma_max: 120.0, sigma_data: 1.0, sigma_schedule });
+        }
+        "playground-2.5" => {
+            let sigma_schedule = SigmaSchedule::Karras;
+            card.schedule.edm =
+                Some(EdmConfig { sigma_min: 0.002, sigma_max: 80.0, sigma_data: 0.5, sigma_schedule });
+            card.vae.scaling_factor = 0.5;
+            card.vae.latents_mean = vec![-1.6574, 1.886, -1.383, 2.5155];
+            card.vae.latents_std = vec![8.4927, 5.9022, 6.5498, 5.2299];
+            card.defaults.guidance_scale = 3.0;
+        }
+        _ => {}
+    }
+    if card.schedule.edm.is_some() {
+        card.defaults.sampler = "dpmpp_2m".into();
     }
     if card.family == Family::Sd2 && name != "sd2-v" {
         card.schedule.prediction_type = Prediction::Epsilon;

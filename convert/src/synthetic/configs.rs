@@ -2,8 +2,8 @@
 #![forbid(unsafe_code)]
 
 use engine::card::{
-    BetaSchedule, Card, ClipActivation, ClipConfig, Family, Prediction, TimestepSpacing, UnetConfig,
-    VaeConfig,
+    BetaSchedule, Card, ClipActivation, ClipConfig, Family, Prediction, SigmaSchedule, TimestepSpacing,
+    UnetConfig, VaeConfig,
 };
 use serde_json::{Value, json};
 
@@ -96,10 +96,17 @@ fn vae(cfg: &VaeConfig, sample_size: usize) -> Value {
         "sample_size": sample_size,
         "scaling_factor": json_f32(cfg.scaling_factor),
         "shift_factor": (cfg.shift_factor != 0.0).then(|| json_f32(cfg.shift_factor)),
+        "latents_mean": list(&cfg.latents_mean),
+        "latents_std": list(&cfg.latents_std),
         "use_quant_conv": cfg.use_quant_conv,
         "use_post_quant_conv": cfg.use_quant_conv,
         "mid_block_add_attention": cfg.mid_block_add_attention,
     })
+}
+
+/// Numbers for each channel, where there are any.
+fn list(values: &[f32]) -> Value {
+    if values.is_empty() { Value::Null } else { values.iter().copied().map(json_f32).collect() }
 }
 
 /// The number as people write it: 0.18215, not the f64 nearest to the f32.
@@ -144,6 +151,26 @@ fn tokenizer(cfg: &ClipConfig) -> Value {
 
 fn scheduler(card: &Card) -> Value {
     let s = &card.schedule;
+    let prediction = match s.prediction_type {
+        Prediction::Epsilon => "epsilon",
+        Prediction::V => "v_prediction",
+    };
+    if let Some(edm) = s.edm {
+        return json!({
+            "_class_name": "EDMDPMSolverMultistepScheduler",
+            "num_train_timesteps": s.num_train_timesteps,
+            "prediction_type": prediction,
+            "sigma_min": edm.sigma_min,
+            "sigma_max": edm.sigma_max,
+            "sigma_data": edm.sigma_data,
+            "sigma_schedule": match edm.sigma_schedule {
+                SigmaSchedule::Karras => "karras",
+                SigmaSchedule::Exponential => "exponential",
+            },
+            "rho": 7.0,
+            "final_sigmas_type": "zero",
+        });
+    }
     json!({
         "_class_name": if card.defaults.sampler == "lcm" { "LCMScheduler" } else { "EulerDiscreteScheduler" },
         "num_train_timesteps": s.num_train_timesteps,
@@ -153,10 +180,7 @@ fn scheduler(card: &Card) -> Value {
             BetaSchedule::Linear => "linear",
             BetaSchedule::ScaledLinear => "scaled_linear",
         },
-        "prediction_type": match s.prediction_type {
-            Prediction::Epsilon => "epsilon",
-            Prediction::V => "v_prediction",
-        },
+        "prediction_type": prediction,
         "timestep_spacing": match s.timestep_spacing {
             TimestepSpacing::Linspace => "linspace",
             TimestepSpacing::Leading => "leading",

@@ -8,17 +8,7 @@ use crate::error::Error;
 
 const ALIGN: u64 = 32;
 
-pub(super) fn write(
-    path: &Path,
-    entries: &[Entry],
-    values: &Values<'_>,
-    number: Number,
-) -> Result<(), Error> {
-    let kind: u32 = match number {
-        Number::F32 => 0,
-        Number::F16 => 1,
-        Number::Bf16 => 30,
-    };
+pub(super) fn write(path: &Path, entries: &[Entry], values: &Values<'_>) -> Result<(), Error> {
     let text = |out: &mut Out<'_>, text: &str| {
         out.put(&(text.len() as u64).to_le_bytes())?;
         out.put(text.as_bytes())
@@ -37,13 +27,19 @@ pub(super) fn write(
         for &n in entry.shape.iter().rev() {
             out.put(&(n as u64).to_le_bytes())?;
         }
+        let kind: u32 = match entry.number {
+            Number::F32 => 0,
+            Number::F16 => 1,
+            Number::Bf16 => 30,
+            Number::F8E4M3 | Number::F8E5M2 => unreachable!("refused before"),
+        };
         out.put(&kind.to_le_bytes())?;
         out.put(&u64::to_le_bytes(at))?;
-        at = (at + (entry.count() * number.bytes()) as u64).next_multiple_of(ALIGN);
+        at = (at + entry.len() as u64).next_multiple_of(ALIGN);
     }
     for entry in entries {
         out.pad(ALIGN)?;
-        out.put(&number.encode(&entry.values(values)))?;
+        out.put(&entry.bytes(values))?;
     }
     out.finish()
 }

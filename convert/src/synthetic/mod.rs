@@ -19,6 +19,7 @@ use engine::card::{Card, ClipConfig, Family};
 use engine::graph::weight::{Role, WeightKind, WeightSpec};
 use half::{bf16, f16};
 
+use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::report::shape_of;
 use crate::tokenizer;
@@ -65,11 +66,32 @@ pub enum Number {
     F16,
     /// 16 bits, with f32's range.
     Bf16,
+    /// 8 bits, 3 of them mantissa; not in GGUF and the older pickles.
+    F8E4M3,
+    /// 8 bits, 2 of them mantissa; not in GGUF and the older pickles.
+    F8E5M2,
 }
 
 impl Number {
+    /// Every type and the name people type.
+    pub const ALL: [(&str, Number); 5] = [
+        ("f32", Number::F32),
+        ("f16", Number::F16),
+        ("bf16", Number::Bf16),
+        ("f8_e4m3", Number::F8E4M3),
+        ("f8_e5m2", Number::F8E5M2),
+    ];
+
     fn bytes(self) -> usize {
-        if self == Number::F32 { 4 } else { 2 }
+        match self {
+            Number::F32 => 4,
+            Number::F16 | Number::Bf16 => 2,
+            Number::F8E4M3 | Number::F8E5M2 => 1,
+        }
+    }
+
+    fn is_f8(self) -> bool {
+        self.bytes() == 1
     }
 
     fn encode(self, values: &[f32]) -> Vec<u8> {
@@ -77,8 +99,27 @@ impl Number {
             Number::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
             Number::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
             Number::Bf16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
+            Number::F8E4M3 => nearest(Dtype::F8E4M3, values),
+            Number::F8E5M2 => nearest(Dtype::F8E5M2, values),
         }
     }
+}
+
+/// The byte of a one-byte type whose value is nearest to each of `values`.
+fn nearest(dtype: Dtype, values: &[f32]) -> Vec<u8> {
+    // Without the sign, larger bytes are larger numbers, up to those that aren't finite.
+    let positive: Vec<u8> = (0..0x80).collect();
+    let mut levels = vec![0.0; positive.len()];
+    dtype.to_f32(&positive, &mut levels);
+    levels.truncate(levels.iter().position(|v| !v.is_finite()).expect("the last ones are none"));
+    let byte = |value: f32| {
+        let size = value.abs();
+        let above = levels.partition_point(|&level| level < size).min(levels.len() - 1);
+        let below = above.saturating_sub(1);
+        let nearer = if levels[above] - size < size - levels[below] { above } else { below };
+        nearer as u8 | if value.is_sign_negative() { 0x80 } else { 0 }
+    };
+    values.iter().map(|&value| byte(value)).collect()
 }
 
 /// A tensor of a model, as diffusers has it.
@@ -101,13 +142,16 @@ impl Tensor {
 /// Values of a tensor, in the order of its dimensions.
 pub type Values<'a> = dyn Fn(&Tensor) -> Vec<f32> + 'a;
 
-/// A tensor of a file to be written: one of the model's, or several one after another.
+/// A tensor of a file to be written: one of the model's, several one after another, or a marker.
 struct Entry {
     name: String,
     shape: Vec<usize>,
+    number: Number,
     from: Vec<Tensor>,
     /// Whether rows and columns are exchanged.
     transposed: bool,
+    /// The numbers of a marker, which is no tensor of the model's.
+    marker: Vec<f32>,
 }
 
 impl Entry {
@@ -115,14 +159,20 @@ impl Entry {
         self.shape.iter().product()
     }
 
-    fn values(&self, values: &Values<'_>) -> Vec<f32> {
-        let all: Vec<f32> = self.from.iter().flat_map(values).collect();
+    /// Bytes in the file.
+    fn len(&self) -> usize {
+        self.count() * self.number.bytes()
+    }
+
+    fn bytes(&self, values: &Values<'_>) -> Vec<u8> {
+        let mut all: Vec<f32> =
+            self.from.iter().flat_map(values).chain(self.marker.iter().copied()).collect();
         assert_eq!(all.len(), self.count(), "{}", self.name);
-        if !self.transposed {
-            return all;
+        if self.transposed {
+            let [rows, cols] = self.shape[..] else { panic!("{} is no matrix", self.name) };
+            all = (0..all.len()).map(|i| all[i % cols * rows + i / cols]).collect();
         }
-        let [rows, cols] = self.shape[..] else { panic!("{} is no matrix", self.name) };
-        (0..all.len()).map(|i| all[i % cols * rows + i / cols]).collect()
+        self.number.encode(&all)
     }
 }
 
@@ -159,10 +209,14 @@ pub fn write(
     let tensors = tensors(card);
     match layout {
         Layout::Diffusers | Layout::Sharded => write_folder(card, &tensors, values, path, layout, number),
-        Layout::Ldm => safetensors::write(path, &names::ldm(card, &tensors), values, number),
-        Layout::Zip => torch::write_zip(path, &names::ldm(card, &tensors), values, number),
-        Layout::Pickle => torch::write_legacy(path, &names::ldm(card, &tensors), values, number),
-        Layout::Gguf => gguf::write(path, &names::ldm(card, &tensors), values, number),
+        Layout::Pickle | Layout::Gguf if number.is_f8() => Err(Error::Unsupported {
+            path: path.to_owned(),
+            what: "its layout has no numbers of 8 bits".into(),
+        }),
+        Layout::Ldm => safetensors::write(path, &names::ldm(card, &tensors, number), values),
+        Layout::Zip => torch::write_zip(path, &names::ldm(card, &tensors, number), values),
+        Layout::Pickle => torch::write_legacy(path, &names::ldm(card, &tensors, number), values),
+        Layout::Gguf => gguf::write(path, &names::ldm(card, &tensors, number), values),
     }
 }
 
@@ -199,8 +253,10 @@ fn write_folder(
             .map(|(key, t)| Entry {
                 name: key.to_owned(),
                 shape: t.shape.clone(),
+                number,
                 from: vec![t.clone()],
                 transposed: false,
+                marker: Vec::new(),
             })
             .collect();
         if entries.is_empty() {
@@ -209,9 +265,9 @@ fn write_folder(
         let stem = if part.starts_with("text") { "model" } else { "diffusion_pytorch_model" };
         let to = path.join(folder(part));
         if layout == Layout::Sharded && part == "unet" {
-            write_shards(&to, stem, entries, values, number)?;
+            write_shards(&to, stem, entries, values)?;
         } else {
-            safetensors::write(&to.join(format!("{stem}.safetensors")), &entries, values, number)?;
+            safetensors::write(&to.join(format!("{stem}.safetensors")), &entries, values)?;
         }
     }
     Ok(())
@@ -222,13 +278,12 @@ fn write_shards(
     stem: &str,
     mut entries: Vec<Entry>,
     values: &Values<'_>,
-    number: Number,
 ) -> Result<(), Error> {
     let second = entries.split_off(entries.len() / 2);
     let mut map = serde_json::Map::new();
     for (i, entries) in [entries, second].iter().enumerate() {
         let file = format!("{stem}-{:05}-of-00002.safetensors", i + 1);
-        safetensors::write(&folder.join(&file), entries, values, number)?;
+        safetensors::write(&folder.join(&file), entries, values)?;
         map.extend(entries.iter().map(|e| (e.name.clone(), file.clone().into())));
     }
     let index = serde_json::json!({ "metadata": {}, "weight_map": map });

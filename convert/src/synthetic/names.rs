@@ -3,12 +3,12 @@
 
 use std::collections::BTreeMap;
 
-use engine::card::{Card, Family, UnetConfig};
+use engine::card::{Card, Family, Prediction, UnetConfig};
 
-use super::{Entry, Tensor};
+use super::{Entry, Number, Tensor};
 
 /// The tensors of a single file.
-pub(super) fn ldm(card: &Card, tensors: &[Tensor]) -> Vec<Entry> {
+pub(super) fn ldm(card: &Card, tensors: &[Tensor], number: Number) -> Vec<Entry> {
     let mut entries = Vec::with_capacity(tensors.len());
     // Queries, keys and values that become one tensor.
     let mut fused: BTreeMap<String, Vec<Tensor>> = BTreeMap::new();
@@ -39,16 +39,46 @@ pub(super) fn ldm(card: &Card, tensors: &[Tensor]) -> Vec<Entry> {
                 }
             },
         };
-        entries.push(Entry { name, shape, from: vec![tensor.clone()], transposed });
+        let from = vec![tensor.clone()];
+        entries.push(Entry { name, shape, number, from, transposed, marker: Vec::new() });
     }
     for (name, mut from) in fused {
         // q before k before v
         from.sort_by_key(|t| ["q_proj", "k_proj", "v_proj"].iter().position(|p| t.name.contains(p)));
         let mut shape = from[0].shape.clone();
         shape[0] *= 3;
-        entries.push(Entry { name, shape, from, transposed: false });
+        entries.push(Entry { name, shape, number, from, transposed: false, marker: Vec::new() });
     }
+    entries.extend(markers(card));
     entries
+}
+
+/// What tells the noise schedule of an unusual SDXL in a single file.
+fn markers(card: &Card) -> Vec<Entry> {
+    let marker = |name: &str, shape: &[usize], marker: Vec<f32>| {
+        let (name, shape, number) = (name.to_owned(), shape.to_vec(), Number::F32);
+        Entry { name, shape, number, from: Vec::new(), transposed: false, marker }
+    };
+    let s = &card.schedule;
+    match (s.edm, s.prediction_type) {
+        _ if card.family != Family::Sdxl => Vec::new(),
+        (Some(edm), Prediction::V) => vec![
+            marker("edm_vpred.sigma_min", &[], vec![edm.sigma_min as f32]),
+            marker("edm_vpred.sigma_max", &[], vec![edm.sigma_max as f32]),
+        ],
+        (Some(_), Prediction::Epsilon) => vec![
+            marker("edm_mean", &[1, 4, 1, 1], card.vae.latents_mean.clone()),
+            marker("edm_std", &[1, 4, 1, 1], card.vae.latents_std.clone()),
+        ],
+        (None, Prediction::V) => {
+            let mut markers = vec![marker("v_pred", &[0], Vec::new())];
+            if s.rescale_betas_zero_snr {
+                markers.push(marker("ztsnr", &[0], Vec::new()));
+            }
+            markers
+        }
+        (None, Prediction::Epsilon) => Vec::new(),
+    }
 }
 
 /// How a text encoder's names begin, and whether they are OpenCLIP's.

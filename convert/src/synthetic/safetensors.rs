@@ -8,22 +8,19 @@ use serde_json::{Map, json};
 use super::{Entry, Number, Out, Values};
 use crate::error::Error;
 
-pub(super) fn write(
-    path: &Path,
-    entries: &[Entry],
-    values: &Values<'_>,
-    number: Number,
-) -> Result<(), Error> {
-    let dtype = match number {
-        Number::F32 => "F32",
-        Number::F16 => "F16",
-        Number::Bf16 => "BF16",
-    };
+pub(super) fn write(path: &Path, entries: &[Entry], values: &Values<'_>) -> Result<(), Error> {
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!({ "format": "pt" }));
     let mut at = 0;
     for entry in entries {
-        let end = at + entry.count() * number.bytes();
+        let dtype = match entry.number {
+            Number::F32 => "F32",
+            Number::F16 => "F16",
+            Number::Bf16 => "BF16",
+            Number::F8E4M3 => "F8_E4M3",
+            Number::F8E5M2 => "F8_E5M2",
+        };
+        let end = at + entry.len();
         let value = json!({ "dtype": dtype, "shape": entry.shape, "data_offsets": [at, end] });
         header.insert(entry.name.clone(), value);
         at = end;
@@ -34,7 +31,7 @@ pub(super) fn write(
     out.put(&(header.len() as u64).to_le_bytes())?;
     out.put(&header)?;
     for entry in entries {
-        out.put(&number.encode(&entry.values(values)))?;
+        out.put(&entry.bytes(values))?;
     }
     out.finish()
 }

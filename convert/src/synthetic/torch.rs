@@ -60,32 +60,40 @@ impl Pickle {
         self.global("collections", "OrderedDict").op(b')').op(b'R')
     }
 
-    /// `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`.
-    fn tensor(&mut self, key: &str, entry: &Entry, number: Number, view: Option<&str>) -> &mut Self {
-        let storage = match number {
-            Number::F32 => "FloatStorage",
-            Number::F16 => "HalfStorage",
-            Number::Bf16 => "BFloat16Storage",
+    /// `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`; types younger than torch's storages are named
+    /// behind that, in `_rebuild_tensor_v3`.
+    fn tensor(&mut self, key: &str, entry: &Entry, legacy: bool) -> &mut Self {
+        let (version, module, storage) = match entry.number {
+            Number::F32 => ("v2", "torch", "FloatStorage"),
+            Number::F16 => ("v2", "torch", "HalfStorage"),
+            Number::Bf16 => ("v2", "torch", "BFloat16Storage"),
+            Number::F8E4M3 | Number::F8E5M2 => ("v3", "torch.storage", "UntypedStorage"),
         };
         let strides: Vec<usize> =
             (0..entry.shape.len()).map(|i| entry.shape[i + 1..].iter().product()).collect();
-        self.global("torch._utils", "_rebuild_tensor_v2").op(b'(');
-        self.op(b'(').text("storage").global("torch", storage).text(key).text("cpu").int(entry.count());
-        if view.is_some() {
-            self.op(b'N');
+        self.global("torch._utils", &format!("_rebuild_tensor_{version}")).op(b'(');
+        self.op(b'(').text("storage").global(module, storage).text(key).text("cpu").int(entry.count());
+        if legacy {
+            self.op(b'N'); // no view of another storage
         }
         self.op(b't').op(b'Q'); // the storage, by its persistent name
-        self.int(0).ints(&entry.shape).ints(&strides).op(0x89).ordered_dict().op(b't').op(b'R')
+        self.int(0).ints(&entry.shape).ints(&strides).op(0x89).ordered_dict();
+        match entry.number {
+            Number::F8E4M3 => self.global("torch", "float8_e4m3fn"),
+            Number::F8E5M2 => self.global("torch", "float8_e5m2"),
+            Number::F32 | Number::F16 | Number::Bf16 => self,
+        };
+        self.op(b't').op(b'R')
     }
 
     /// `{"state_dict": {name: tensor, ...}, "global_step": 470000}`.
-    fn checkpoint(entries: &[Entry], number: Number, legacy: bool) -> Vec<u8> {
+    fn checkpoint(entries: &[Entry], legacy: bool) -> Vec<u8> {
         let mut pickle = Pickle::new();
         pickle.op(b'}').op(b'(').text("state_dict").ordered_dict().op(b'(');
         for (i, entry) in entries.iter().enumerate() {
             pickle.text(&entry.name);
             // What is stored under a name is found again: PUT, POP, GET.
-            pickle.tensor(&i.to_string(), entry, number, legacy.then_some("None"));
+            pickle.tensor(&i.to_string(), entry, legacy);
             if i == 0 {
                 pickle.op(b'q').op(7).op(b'0').op(b'h').op(7);
             }
@@ -96,17 +104,12 @@ impl Pickle {
 }
 
 /// A zip of stored files: `archive/data.pkl`, `archive/data/0`, ...
-pub(super) fn write_zip(
-    path: &Path,
-    entries: &[Entry],
-    values: &Values<'_>,
-    number: Number,
-) -> Result<(), Error> {
+pub(super) fn write_zip(path: &Path, entries: &[Entry], values: &Values<'_>) -> Result<(), Error> {
     let mut out = Out::create(path)?;
     let mut directory = Vec::new();
-    file(&mut out, &mut directory, "archive/data.pkl", &Pickle::checkpoint(entries, number, false))?;
+    file(&mut out, &mut directory, "archive/data.pkl", &Pickle::checkpoint(entries, false))?;
     for (i, entry) in entries.iter().enumerate() {
-        let bytes = number.encode(&entry.values(values));
+        let bytes = entry.bytes(values);
         file(&mut out, &mut directory, &format!("archive/data/{i}"), &bytes)?;
     }
     file(&mut out, &mut directory, "archive/version", b"3\n")?;
@@ -183,12 +186,7 @@ fn crc32(bytes: &[u8]) -> u32 {
 }
 
 /// The stream of torch before 1.6: magic number, protocol, system, the checkpoint, the storages' keys, the storages.
-pub(super) fn write_legacy(
-    path: &Path,
-    entries: &[Entry],
-    values: &Values<'_>,
-    number: Number,
-) -> Result<(), Error> {
+pub(super) fn write_legacy(path: &Path, entries: &[Entry], values: &Values<'_>) -> Result<(), Error> {
     let mut out = Out::create(path)?;
     out.put(b"\x80\x02\x8A\x0A\x6C\xFC\x9C\x46\xF9\x20\x6A\xA8\x50\x19.")?;
     out.put(b"\x80\x02M\xE9\x03.")?;
@@ -203,7 +201,7 @@ pub(super) fn write_legacy(
         .op(b'u')
         .op(b'.');
     out.put(&system.0)?;
-    out.put(&Pickle::checkpoint(entries, number, true))?;
+    out.put(&Pickle::checkpoint(entries, true))?;
     let mut keys = Pickle::new();
     keys.op(b']').op(b'(');
     (0..entries.len()).for_each(|i| {
@@ -213,7 +211,7 @@ pub(super) fn write_legacy(
     out.put(&keys.0)?;
     for entry in entries {
         out.put(&(entry.count() as u64).to_le_bytes())?;
-        out.put(&number.encode(&entry.values(values)))?;
+        out.put(&entry.bytes(values))?;
     }
     out.finish()
 }

@@ -69,6 +69,11 @@ pub(super) fn write_all_at(file: &File, mut bytes: &[u8], mut offset: u64) -> io
 
 /// Makes the file `len` bytes of zeros, with the disk space set aside where the system can.
 pub(super) fn reserve(file: &File, len: u64) -> io::Result<()> {
+    #[cfg(unix)]
+    if len > longest_file() {
+        // Going on would end the process by a signal.
+        return Err(io::ErrorKind::FileTooLarge.into());
+    }
     #[cfg(target_os = "linux")]
     if let Ok(signed) = libc::off_t::try_from(len)
         && signed > 0
@@ -83,4 +88,15 @@ pub(super) fn reserve(file: &File, len: u64) -> io::Result<()> {
         }
     }
     file.set_len(len)
+}
+
+/// Bytes that a file of this process may have (`ulimit -f`).
+#[cfg(unix)]
+fn longest_file() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: `limit` is a whole `rlimit` that lives through the call, which writes nothing else.
+    match unsafe { libc::getrlimit(libc::RLIMIT_FSIZE, &mut limit) } {
+        0 => limit.rlim_cur,
+        _ => u64::MAX,
+    }
 }

@@ -113,6 +113,10 @@ impl Request {
                 return Err(Error::SizeNotMultiple { width, height, side, multiple });
             }
         }
+        let (found, latents) = (card.unet.in_channels, card.vae.latent_channels);
+        if found != latents {
+            return Err(Error::EditsPictures { found, latents });
+        }
         let max = card.schedule.num_train_timesteps;
         if !(1..=max).contains(&self.steps) {
             return Err(Error::Steps { steps: self.steps, max });
@@ -123,6 +127,9 @@ impl Request {
         let entry = sampler::find(&self.sampler)?;
         if Spread::find(&self.schedule)? != Spread::Model && !entry.takes_schedule {
             return Err(Error::OwnSchedule { sampler: entry.name });
+        }
+        if card.schedule.edm.is_some() && !entry.takes_schedule {
+            return Err(Error::NoTimesteps { sampler: entry.name });
         }
         if let Some(latents) = &self.init_latents {
             let expected = self.latents_shape(card);

@@ -42,8 +42,8 @@ impl Pipeline {
     ) -> Result<Image> {
         let cfg = &self.card().vae;
         let [c, h, w] = latents.shape;
-        let scaled: Vec<f32> =
-            latents.data.iter().map(|x| x / cfg.scaling_factor + cfg.shift_factor).collect();
+        let mut scaled = latents.data.clone();
+        cfg.unscale(&mut scaled);
         self.session(plan, Part::VaeDecoder, event, |session, watch| {
             to_pixels(&scaled, c, session.input("latents", 0));
             session.prologue(0, watch)?;

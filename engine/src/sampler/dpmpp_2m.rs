@@ -1,16 +1,19 @@
 //! DPM-Solver++(2M) and its stochastic form (Lu et al. 2022), as diffusers' `DPMSolverMultistepScheduler` with the midpoint
 //! rule and a last step of first order to no noise.
 //!
-//! States are `alpha` times the picture plus `sigma` times noise, of unit variance, so that the network sees them as they
-//! are. With named schedules noise is scaled as the WebUI does it.
+//! States are `alpha` times the picture plus `sigma` times noise. They are of unit variance, so that the network sees them
+//! as they are; with EDM's noise levels `alpha` is 1, as in diffusers' `EDMDPMSolverMultistepScheduler`. With named
+//! schedules noise is scaled as the WebUI does it.
 
-use super::{Run, Sampler, add, combine};
-use crate::card::Prediction;
+use super::sigma::Preconditioning;
+use super::{Run, Sampler, add, combine, scale};
 use crate::rng::Rng;
 use crate::schedule::Spread;
 
 /// Factors of a step, all known before the run.
 struct Factors {
+    /// Of the latents: what the network sees.
+    input: f32,
     /// Of latents and model output: the picture predicted here.
     denoised: (f32, f32),
     /// Of the latents.
@@ -41,38 +44,38 @@ pub(super) fn new_sde(run: &Run<'_>) -> Box<dyn Sampler> {
 
 fn solver(run: &Run<'_>, stochastic: bool) -> Dpmpp2m {
     let (schedule, steps) = (run.schedule, run.steps);
-    let (timesteps, sigmas) = if run.spread == Spread::Model {
+    let preconditioning = Preconditioning::new(schedule);
+    let levels = schedule.levels(steps, run.spread);
+    let (timesteps, sigmas, init_noise_sigma) = if preconditioning.is_edm() {
+        (levels.timesteps, levels.sigmas, levels.init_noise_sigma)
+    } else if run.spread == Spread::Model {
         let timesteps = schedule.timesteps_before_last(steps);
         let mut sigmas: Vec<f64> = timesteps.iter().map(|&t| schedule.sigma(t)).collect();
         sigmas.push(0.0);
-        (timesteps.iter().map(|&t| t as f32).collect(), sigmas)
+        (timesteps.iter().map(|&t| t as f32).collect(), sigmas, 1.0)
     } else {
-        let levels = schedule.levels(steps, run.spread);
-        (levels.timesteps, levels.sigmas)
+        let (_, sigma) = split(levels.sigmas[0], &preconditioning);
+        (levels.timesteps, levels.sigmas, sigma)
     };
-    let factors = (0..steps).map(|i| factors(&sigmas, i, schedule.prediction(), stochastic));
-    let (_, sigma) = split(sigmas[0]);
+    let factors = (0..steps).map(|i| factors(&sigmas, i, &preconditioning, stochastic));
     Dpmpp2m {
         factors: factors.collect(),
-        init_noise_sigma: if run.spread == Spread::Model { 1.0 } else { sigma as f32 },
+        init_noise_sigma: init_noise_sigma as f32,
         timesteps,
         denoised: [vec![0.0; run.len], vec![0.0; run.len]],
         noise: vec![0.0; if stochastic { run.len } else { 0 }],
     }
 }
 
-/// `alpha` and `sigma` of unit variance whose ratio is the noise level.
-fn split(level: f64) -> (f64, f64) {
-    let alpha = 1.0 / (level * level + 1.0).sqrt();
+/// `alpha` and `sigma` of the state at a noise level, which is their ratio.
+fn split(level: f64, preconditioning: &Preconditioning) -> (f64, f64) {
+    let alpha = if preconditioning.is_edm() { 1.0 } else { preconditioning.input(level) };
     (alpha, level * alpha)
 }
 
-fn factors(levels: &[f64], i: usize, prediction: Prediction, stochastic: bool) -> Factors {
-    let ((alpha, sigma), (alpha_to, sigma_to)) = (split(levels[i]), split(levels[i + 1]));
-    let denoised = match prediction {
-        Prediction::Epsilon => (1.0 / alpha, -sigma / alpha),
-        Prediction::V => (alpha, -sigma),
-    };
+fn factors(levels: &[f64], i: usize, preconditioning: &Preconditioning, stochastic: bool) -> Factors {
+    let [(alpha, sigma), (alpha_to, sigma_to)] = [i, i + 1].map(|i| split(levels[i], preconditioning));
+    let (skip, out) = preconditioning.denoised(levels[i]);
     // Logarithms of the levels are the time of the method; the last step is infinitely long.
     let h = levels[i].ln() - levels[i + 1].ln();
     let decay = if stochastic { (-h).exp() } else { 1.0 };
@@ -84,7 +87,8 @@ fn factors(levels: &[f64], i: usize, prediction: Prediction, stochastic: bool) -
     };
     let noise = if stochastic { sigma_to * (-(-2.0 * h).exp_m1()).sqrt() } else { 0.0 };
     Factors {
-        denoised: (denoised.0 as f32, denoised.1 as f32),
+        input: (preconditioning.input(levels[i]) / alpha) as f32,
+        denoised: ((skip / alpha) as f32, out as f32),
         latents: (sigma_to / sigma * decay) as f32,
         now: (gain + slope) as f32,
         before: -slope as f32,
@@ -101,8 +105,8 @@ impl Sampler for Dpmpp2m {
         self.init_noise_sigma
     }
 
-    fn scale_model_input(&self, latents: &[f32], _: usize, out: &mut [f32]) {
-        out.copy_from_slice(latents);
+    fn scale_model_input(&self, latents: &[f32], i: usize, out: &mut [f32]) {
+        scale(latents, self.factors[i].input, out);
     }
 
     fn step(&mut self, i: usize, model_output: &[f32], latents: &mut [f32], rng: &mut Rng) {

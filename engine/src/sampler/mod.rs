@@ -52,7 +52,8 @@ pub struct Entry {
     pub name: &'static str,
     /// What the WebUI calls it.
     pub label: &'static str,
-    /// Whether noise levels can be spread in other ways than the model's.
+    /// Whether it walks over noise levels, which can be spread in other ways than the model's and be continuous; others walk
+    /// over timesteps.
     pub takes_schedule: bool,
     /// Makes it for a run.
     pub new: fn(&Run<'_>) -> Box<dyn Sampler>,
