@@ -33,7 +33,9 @@ pub trait Watch<E> {
 
 /// Is shown the operand of each matrix product before it is met: the weight's name, the rows, and the elements from one row
 /// to the next. Rows around the border of an image are zero.
-pub struct Observer(Box<dyn Fn(&str, Operand<'_>, usize) + Send + Sync>);
+pub struct Observer(Box<See>);
+
+type See = dyn Fn(&str, Operand<'_>, usize) + Send + Sync;
 
 impl Observer {
     /// Calls `see`.
