@@ -57,11 +57,7 @@ fn measure(
         settings.isa.name(),
         settings.threads
     );
-    let profile = profile::Report::new(&arguments.profiling)?;
-    let mut pipeline = Pipeline::new(file, settings)?;
-    if profile.is_some() {
-        pipeline = pipeline.profiled();
-    }
+    let (pipeline, profile) = profile::watch(Pipeline::new(file, settings)?, &arguments.profiling)?;
     let opened = start.elapsed().as_secs_f64();
     let mut progress = PictureProgress::new(level, name, request.steps);
     let mut made = pipeline.generate(&request, &mut |event| {
@@ -71,9 +67,7 @@ fn measure(
     drop(progress);
     made.timings.total_s += opened - made.timings.open_s;
     made.timings.open_s = opened;
-    if let Some((report, profile)) = profile.zip(pipeline.profile()) {
-        report.write(profile)?;
-    }
+    profile.write(&pipeline)?;
     report.add_unseen(&made.timings, &made.memory);
     if arguments.json {
         terminal::print(&to_json(&report));

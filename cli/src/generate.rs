@@ -29,12 +29,8 @@ pub(crate) fn run(arguments: &Gen) -> Result<()> {
         model::ram_text(settings.ram)
     ));
 
-    let profile = profile::Report::new(&arguments.profiling)?;
     let mut report = Generated::new(&file, &settings);
-    let mut pipeline = Pipeline::new(file, settings)?;
-    if profile.is_some() {
-        pipeline = pipeline.profiled();
-    }
+    let (pipeline, profile) = profile::watch(Pipeline::new(file, settings)?, &arguments.profiling)?;
     let opened = start.elapsed().as_secs_f64();
     for (request, output) in requests.iter().zip(&outputs) {
         let mut progress = PictureProgress::new(level, &format!("seed {}", request.seed), request.steps);
@@ -57,9 +53,7 @@ pub(crate) fn run(arguments: &Gen) -> Result<()> {
         let image = Image { path, seed: request.seed, width: made.width, height: made.height };
         report.add(image, &made.timings, &made.memory);
     }
-    if let Some((report, profile)) = profile.zip(pipeline.profile()) {
-        report.write(profile)?;
-    }
+    profile.write(&pipeline)?;
     if arguments.json {
         terminal::print(&to_json(&report));
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use engine::graph::{Profile, Span};
+use engine::pipeline::Pipeline;
 use serde::Serialize;
 
 use crate::args::Profiling;
@@ -12,28 +13,35 @@ use crate::terminal;
 
 /// What to do with a profile.
 #[derive(Debug)]
-pub(crate) struct Report {
-    output: Option<Output>,
+pub(crate) enum Report {
+    /// Nobody asked.
+    None,
+    /// A table on stderr.
+    Table,
+    /// Events in a file.
+    Trace(Output),
+}
+
+/// `pipeline`, which keeps a profile if the arguments ask for one.
+pub(crate) fn watch(pipeline: Pipeline, arguments: &Profiling) -> Result<(Pipeline, Report)> {
+    let report = match &arguments.profile {
+        None => return Ok((pipeline, Report::None)),
+        Some(path) if path.as_os_str() == "-" => Report::Table,
+        Some(path) => Report::Trace(Output::new(path.clone())?),
+    };
+    Ok((pipeline.profiled(), report))
 }
 
 impl Report {
-    /// What the arguments want; nothing without `--profile`.
-    pub(crate) fn new(arguments: &Profiling) -> Result<Option<Report>> {
-        let Some(path) = &arguments.profile else { return Ok(None) };
-        let output = (path.as_os_str() != "-").then(|| Output::new(path.clone())).transpose()?;
-        Ok(Some(Report { output }))
-    }
-
-    /// Writes the events, or prints the table.
-    pub(crate) fn write(&self, profile: &Profile) -> Result<()> {
-        let spans = profile.spans();
-        match &self.output {
-            Some(output) => output.write(crate::report::to_json(&Trace::new(&spans)).as_bytes()),
-            None => {
-                terminal::note(&table(&spans));
-                Ok(())
-            }
+    /// Reports what `pipeline` has done.
+    pub(crate) fn write(&self, pipeline: &Pipeline) -> Result<()> {
+        let spans = pipeline.profile().map(Profile::spans).unwrap_or_default();
+        match self {
+            Report::None => {}
+            Report::Table => terminal::note(&table(&spans)),
+            Report::Trace(output) => output.write(crate::report::to_json(&Trace::new(&spans)).as_bytes())?,
         }
+        Ok(())
     }
 }
 

@@ -252,7 +252,8 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// The weights that come after those of `pair` in chunk `c`, to be fetched in `steps` steps.
+    /// The weights that come after those of `pair` in chunk `c` (of several taps, those of the first), to be fetched in `steps`
+    /// steps.
     fn ahead(&self, c: usize, pair: usize, pairs: &Range<usize>, steps: usize) -> Ahead<'a> {
         let (c, pair) = if pair + 1 < pairs.end {
             (c, pair + 1)

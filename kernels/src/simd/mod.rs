@@ -33,8 +33,6 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn load(self, src: &[f32]) -> Self::F;
     /// Loads all of `src`, fewer than `LANES` elements.
     fn load_partial(self, src: &[f32]) -> Self::F;
-    /// Loads `LANES` integers and converts them.
-    fn load_i32(self, src: &[i32]) -> Self::F;
     /// Subtracts the first `LANES` integers of `b` from those of `a`, and converts the differences.
     fn difference(self, a: &[i32], b: &[i32]) -> Self::F;
     /// Loads and widens `LANES` elements.
@@ -221,10 +219,6 @@ pub(crate) mod tests {
             };
             let v = s.load(&src);
             assert_eq!(get(v), src);
-            assert_eq!(
-                get(s.load_i32(&(0..n as i32).collect::<Vec<_>>())),
-                (0..n).map(|i| i as f32).collect::<Vec<_>>()
-            );
             let (a, b): (Vec<i32>, Vec<i32>) = (0..n as i32).map(|i| (1 << 30, (1 << 30) - i)).unzip();
             assert_eq!(get(s.difference(&a, &b)), (0..n).map(|i| i as f32).collect::<Vec<_>>());
             let each = |got: S::F, f: &dyn Fn(f32) -> f32| {

@@ -86,11 +86,6 @@ impl Simd for Neon {
         self.load(&all)
     }
     #[inline(always)]
-    fn load_i32(self, src: &[i32]) -> float32x4_t {
-        let src = &src[..4];
-        tier!(vcvtq_f32_s32(vld1q_s32(src.as_ptr())))
-    }
-    #[inline(always)]
     fn difference(self, a: &[i32], b: &[i32]) -> float32x4_t {
         let (a, b) = (&a[..4], &b[..4]);
         tier!(vcvtq_f32_s32(vsubq_s32(vld1q_s32(a.as_ptr()), vld1q_s32(b.as_ptr()))))

@@ -55,10 +55,6 @@ impl Simd for Scalar {
         v
     }
     #[inline(always)]
-    fn load_i32(self, src: &[i32]) -> [f32; N] {
-        src.first_chunk::<N>().expect("a whole vector").map(|x| x as f32)
-    }
-    #[inline(always)]
     fn difference(self, a: &[i32], b: &[i32]) -> [f32; N] {
         let (a, b) = (&a[..N], &b[..N]);
         [(a[0] - b[0]) as f32, (a[1] - b[1]) as f32, (a[2] - b[2]) as f32, (a[3] - b[3]) as f32]

@@ -149,11 +149,6 @@ impl Simd for Avx2 {
         tier!(_mm256_maskload_ps(src.as_ptr(), mask))
     }
     #[inline(always)]
-    fn load_i32(self, src: &[i32]) -> __m256 {
-        let src = &src[..8];
-        tier!(_mm256_cvtepi32_ps(_mm256_loadu_si256(src.as_ptr().cast())))
-    }
-    #[inline(always)]
     fn difference(self, a: &[i32], b: &[i32]) -> __m256 {
         let (a, b) = (&a[..8], &b[..8]);
         tier!({
@@ -382,11 +377,6 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     fn load_partial(self, src: &[f32]) -> __m512 {
         let mask = self.mask(src.len());
         tier!(_mm512_maskz_loadu_ps(mask, src.as_ptr()))
-    }
-    #[inline(always)]
-    fn load_i32(self, src: &[i32]) -> __m512 {
-        let src = &src[..16];
-        tier!(_mm512_cvtepi32_ps(_mm512_loadu_si512(src.as_ptr().cast())))
     }
     #[inline(always)]
     fn difference(self, a: &[i32], b: &[i32]) -> __m512 {
