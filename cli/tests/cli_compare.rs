@@ -24,6 +24,9 @@ fn calibration_lowers_the_error_that_compare_tells() {
     sdconv(path, &[&model, "-q", "--quant", "q4", "-o", "fed.sdq", "--calibrate", "calibrate.txt"]).done();
     let all = ["calibrate.txt", "f16.sdq", "fed.sdq", "plain.sdq"];
     assert_eq!(names(path), all, "nothing else stays");
+    fs::write(path.join("empty.txt"), "\n \n").expect("written");
+    sdconv(path, &[&model, "-q", "-o", "none.sdq", "--calibrate", "empty.txt"])
+        .refused("there are no prompts in empty.txt");
 
     let models = ["compare", "f16.sdq", "plain.sdq", "fed.sdq", "-o", "out"];
     let how = ["-p", "a red circle on a blue background", "--steps", "4", "--precision", "high", "--weights"];

@@ -50,7 +50,10 @@ impl Calibration {
     /// With the prompts in the file `prompts`, one on each line. The model in 16 bits stands beside `output` meanwhile.
     pub(crate) fn new(options: &Options, prompts: &Path, output: &Path) -> Result<Calibration, Error> {
         let text = std::fs::read_to_string(prompts).map_err(Error::io("read", prompts))?;
-        let prompts: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        if lines.is_empty() {
+            return Err(Error::NoPrompts(prompts.into()));
+        }
         let parent = output.parent().filter(|p| *p != Path::new("")).unwrap_or(Path::new("."));
         let builder = tempfile::Builder::new().prefix(".sdconv-").tempdir_in(parent);
         let folder = builder.map_err(Error::io("write to", parent))?;
@@ -75,7 +78,7 @@ impl Calibration {
             }
         });
         let pipeline = Pipeline::new(ModelFile::open(&path)?, settings)?.observed(observer);
-        let requests = prompts.into_iter().zip(0..).map(|(prompt, seed)| {
+        let requests = lines.into_iter().zip(0..).map(|(prompt, seed)| {
             let request = Request::new(prompt, pipeline.card());
             let steps = STEPS.min(request.steps);
             Request { seed, steps, ..request }

@@ -123,6 +123,9 @@ pub enum Error {
     /// The output can't be written.
     #[error(transparent)]
     Format(#[from] engine::format::Error),
+    /// Nothing to calibrate with.
+    #[error("there are no prompts in {}", .0.display())]
+    NoPrompts(PathBuf),
     /// Calibration can't make its pictures.
     #[error("calibration failed: {0}")]
     Calibration(#[from] engine::error::Error),
@@ -159,6 +162,7 @@ impl Error {
             Error::Rule { .. } => "a rule is GLOB=ENCODING, for example --keep 'vae.*=f16'",
             Error::Exists { .. } => "--force replaces it",
             Error::Format(e) => return e.hint().map(String::from),
+            Error::NoPrompts(_) => "write one on each line",
             Error::Calibration(e) => return e.hint(),
             Error::Stopped => return None,
         };
