@@ -60,13 +60,14 @@ impl Policy {
 
     /// How the tensors of a part are stored.
     pub(crate) fn encodings(&self, part: &str, specs: &[WeightSpec]) -> Vec<Encoding> {
-        let last = last_block(specs);
+        let (last, fine) = (last_block(specs, "unet.up_blocks."), FineLevels::of(specs));
         let encoding = |spec: &WeightSpec| match spec.kind {
             WeightKind::Vector { .. } => Encoding::F32,
             WeightKind::Table { .. } => Encoding::F16,
             WeightKind::Matrix { .. } => {
                 let kept = self.keep.iter().rev().find(|(glob, _)| matches(glob, &spec.name));
-                kept.map_or_else(|| default(self.quant, part, spec, &last), |(_, encoding)| *encoding)
+                let default = || default(self.quant, part, spec, &last, &fine);
+                kept.map_or_else(default, |(_, encoding)| *encoding)
             }
         };
         specs.iter().map(encoding).collect()
@@ -88,10 +89,12 @@ impl Policy {
 /// The default. In 16 bits stay layers that are small, and those that read what no norm has leveled out: a few wide
 /// channels there leave 8-bit rows no room for the others (16-bit weights meet 16-bit activations). Of 4 bits only the
 /// UNet's large matrices are made, and none in its last block: few weights at the finest resolution, whose errors nothing
-/// behind them makes smaller. `docs/quantization.md` has the measurements.
-fn default(quant: Quant, part: &str, spec: &WeightSpec, last_block: &str) -> Encoding {
+/// behind them makes smaller. The VAE's decoder has 8 bits only where nearly all of its time goes and little of its error
+/// comes from. `docs/quantization.md` has the measurements.
+fn default(quant: Quant, part: &str, spec: &WeightSpec, last_block: &str, fine: &FineLevels) -> Encoding {
     match (quant, spec.role) {
         (Quant::F16, _) => Encoding::F16,
+        _ if spec.name.starts_with(DECODER) && !fine.resnet(&spec.name) => Encoding::F16,
         (_, Role::ConvIn | Role::ConvOut | Role::QuantConv | Role::Pooled) => Encoding::F16,
         (Quant::Q8, Role::Embedding) => Encoding::F16,
         (Quant::Q8, Role::Shortcut) if part == "unet" => Encoding::F16,
@@ -103,11 +106,40 @@ fn default(quant: Quant, part: &str, spec: &WeightSpec, last_block: &str) -> Enc
     }
 }
 
-/// What the names of weights in the UNet's last block begin with.
-fn last_block(specs: &[WeightSpec]) -> String {
-    const BLOCKS: &str = "unet.up_blocks.";
-    let number = |spec: &WeightSpec| spec.name.strip_prefix(BLOCKS)?.split('.').next()?.parse::<usize>().ok();
-    format!("{BLOCKS}{}.", specs.iter().filter_map(number).max().unwrap_or(0))
+/// What the names of weights in the last of the blocks begin with whose names begin with `blocks`.
+fn last_block(specs: &[WeightSpec], blocks: &str) -> String {
+    format!("{blocks}{}.", last_number(specs, blocks))
+}
+
+/// The largest number that follows `blocks` in a name.
+fn last_number(specs: &[WeightSpec], blocks: &str) -> usize {
+    let number = |spec: &WeightSpec| spec.name.strip_prefix(blocks)?.split('.').next()?.parse().ok();
+    specs.iter().filter_map(number).max().unwrap_or(0)
+}
+
+/// What the names of weights in the VAE's decoder begin with.
+const DECODER: &str = "vae.decoder.";
+
+/// The residual blocks of the VAE's decoder that 8 bits serve: those at the full resolution and, but for the first one,
+/// whose error no wider sum dilutes, those at half of it.
+struct FineLevels {
+    full: String,
+    half: String,
+}
+
+impl FineLevels {
+    fn of(specs: &[WeightSpec]) -> FineLevels {
+        let blocks = format!("{DECODER}up_blocks.");
+        let last = last_number(specs, &blocks);
+        let resnets = |level: usize| format!("{blocks}{level}.resnets.");
+        FineLevels { full: resnets(last), half: last.checked_sub(1).map_or_else(String::new, resnets) }
+    }
+
+    fn resnet(&self, name: &str) -> bool {
+        let at_half = |name: &str| name.strip_prefix(&self.half).is_some_and(|rest| !rest.starts_with("0."));
+        let shortcut = name.contains(".conv_shortcut.");
+        !shortcut && (name.starts_with(&self.full) || !self.half.is_empty() && at_half(name))
+    }
 }
 
 /// The encodings that a conversion with `quant` gives to `wanted`, which are those of one part (`None` for vectors and
@@ -173,6 +205,31 @@ mod tests {
             ["unet.up_blocks.9.a.weight", "unet.up_blocks.10.a.weight", "unet.mid_block.a.weight"].map(spec);
         let got = Policy::new(Quant::Q4, &[]).unwrap().encodings("unet", &specs);
         assert_eq!(got, [Encoding::Q4, Encoding::Q8, Encoding::Q4]);
+    }
+
+    #[test]
+    fn the_decoder_is_quantized_where_it_is_fine() {
+        let kind = WeightKind::Matrix { n: 64, kh: 3, kw: 3, k: 64, order: Default::default() };
+        let spec = |name: &str| {
+            let role = if name.contains("shortcut") { Role::Shortcut } else { Role::Conv };
+            WeightSpec { name: format!("vae.{name}.weight"), kind, role }
+        };
+        let (short, fine) = (Encoding::F16, Encoding::Q8);
+        let wanted = [
+            ("decoder.mid_block.resnets.0.conv1", short),
+            ("decoder.up_blocks.1.resnets.2.conv1", short),
+            ("decoder.up_blocks.2.resnets.0.conv1", short),
+            ("decoder.up_blocks.2.resnets.1.conv2", fine),
+            ("decoder.up_blocks.2.upsamplers.0.conv", short),
+            ("decoder.up_blocks.3.resnets.0.conv1", fine),
+            ("decoder.up_blocks.3.resnets.0.conv_shortcut", short),
+            ("encoder.mid_block.resnets.0.conv1", fine),
+        ];
+        for quant in [Quant::Q8, Quant::Q4] {
+            let specs = wanted.map(|(name, _)| spec(name));
+            let got = Policy::new(quant, &[]).unwrap().encodings("vae_decoder", &specs);
+            assert_eq!(got, wanted.map(|(_, encoding)| encoding));
+        }
     }
 
     #[test]
