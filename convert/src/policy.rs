@@ -235,7 +235,7 @@ mod tests {
     #[test]
     fn rules() {
         let kind = WeightKind::Matrix { n: 1, kh: 1, kw: 1, k: 1, order: Default::default() };
-        let spec = WeightSpec { name: "vae.decoder.x.weight".into(), kind, role: Role::Conv };
+        let spec = WeightSpec { name: "vae.encoder.x.weight".into(), kind, role: Role::Conv };
         let rules = ["vae.*=f16".to_owned(), "*.x.weight=bf16".to_owned()];
         let encoding = |rules: &[String]| {
             Policy::new(Quant::Q8, rules).unwrap().encodings("vae_decoder", std::slice::from_ref(&spec))
