@@ -60,13 +60,13 @@ impl Policy {
 
     /// How the tensors of a part are stored.
     pub(crate) fn encodings(&self, part: &str, specs: &[WeightSpec]) -> Vec<Encoding> {
-        let (last, fine) = (last_block(specs, "unet.up_blocks."), FineLevels::of(specs));
+        let last = last_block(specs, "unet.up_blocks.");
         let encoding = |spec: &WeightSpec| match spec.kind {
             WeightKind::Vector { .. } => Encoding::F32,
             WeightKind::Table { .. } => Encoding::F16,
             WeightKind::Matrix { .. } => {
                 let kept = self.keep.iter().rev().find(|(glob, _)| matches(glob, &spec.name));
-                let default = || default(self.quant, part, spec, &last, &fine);
+                let default = || default(self.quant, part, spec, &last, finest(spec, specs));
                 kept.map_or_else(default, |(_, encoding)| *encoding)
             }
         };
@@ -89,12 +89,11 @@ impl Policy {
 /// The default. In 16 bits stay layers that are small, and those that read what no norm has leveled out: a few wide
 /// channels there leave 8-bit rows no room for the others (16-bit weights meet 16-bit activations). Of 4 bits only the
 /// UNet's large matrices are made, and none in its last block: few weights at the finest resolution, whose errors nothing
-/// behind them makes smaller. The VAE's decoder has 8 bits only where nearly all of its time goes and little of its error
-/// comes from. `docs/quantization.md` has the measurements.
-fn default(quant: Quant, part: &str, spec: &WeightSpec, last_block: &str, fine: &FineLevels) -> Encoding {
+/// behind them makes smaller. The VAE has 8 bits only at full resolution: its errors show, and its weights are few. `docs/quantization.md` has the measurements.
+fn default(quant: Quant, part: &str, spec: &WeightSpec, last_block: &str, finest: bool) -> Encoding {
     match (quant, spec.role) {
         (Quant::F16, _) => Encoding::F16,
-        _ if spec.name.starts_with(DECODER) && !fine.resnet(&spec.name) => Encoding::F16,
+        _ if spec.name.starts_with("vae.") && !finest => Encoding::F16,
         (_, Role::ConvIn | Role::ConvOut | Role::QuantConv | Role::Pooled) => Encoding::F16,
         (Quant::Q8, Role::Embedding) => Encoding::F16,
         (Quant::Q8, Role::Shortcut) if part == "unet" => Encoding::F16,
@@ -108,38 +107,15 @@ fn default(quant: Quant, part: &str, spec: &WeightSpec, last_block: &str, fine: 
 
 /// What the names of weights in the last of the blocks begin with whose names begin with `blocks`.
 fn last_block(specs: &[WeightSpec], blocks: &str) -> String {
-    format!("{blocks}{}.", last_number(specs, blocks))
+    let number = |spec: &WeightSpec| spec.name.strip_prefix(blocks)?.split('.').next()?.parse::<usize>().ok();
+    format!("{blocks}{}.", specs.iter().filter_map(number).max().unwrap_or(0))
 }
 
-/// The largest number that follows `blocks` in a name.
-fn last_number(specs: &[WeightSpec], blocks: &str) -> usize {
-    let number = |spec: &WeightSpec| spec.name.strip_prefix(blocks)?.split('.').next()?.parse().ok();
-    specs.iter().filter_map(number).max().unwrap_or(0)
-}
-
-/// What the names of weights in the VAE's decoder begin with.
-const DECODER: &str = "vae.decoder.";
-
-/// The residual blocks of the VAE's decoder that 8 bits serve: those at the full resolution and, but for the first one,
-/// whose error no wider sum dilutes, those at half of it.
-struct FineLevels {
-    full: String,
-    half: String,
-}
-
-impl FineLevels {
-    fn of(specs: &[WeightSpec]) -> FineLevels {
-        let blocks = format!("{DECODER}up_blocks.");
-        let last = last_number(specs, &blocks);
-        let resnets = |level: usize| format!("{blocks}{level}.resnets.");
-        FineLevels { full: resnets(last), half: last.checked_sub(1).map_or_else(String::new, resnets) }
-    }
-
-    fn resnet(&self, name: &str) -> bool {
-        let at_half = |name: &str| name.strip_prefix(&self.half).is_some_and(|rest| !rest.starts_with("0."));
-        let shortcut = name.contains(".conv_shortcut.");
-        !shortcut && (name.starts_with(&self.full) || !self.half.is_empty() && at_half(name))
-    }
+/// Whether a weight belongs to the VAE's residual blocks at full resolution (shortcuts aside).
+fn finest(spec: &WeightSpec, specs: &[WeightSpec]) -> bool {
+    let decoder = last_block(specs, "vae.decoder.up_blocks.") + "resnets.";
+    let blocks = ["vae.encoder.down_blocks.0.resnets.", &decoder];
+    spec.role != Role::Shortcut && blocks.iter().any(|block| spec.name.starts_with(block))
 }
 
 /// The encodings that a conversion with `quant` gives to `wanted`, which are those of one part (`None` for vectors and
@@ -208,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn the_decoder_is_quantized_where_it_is_fine() {
+    fn the_vae_is_quantized_at_full_resolution() {
         let kind = WeightKind::Matrix { n: 64, kh: 3, kw: 3, k: 64, order: Default::default() };
         let spec = |name: &str| {
             let role = if name.contains("shortcut") { Role::Shortcut } else { Role::Conv };
@@ -218,12 +194,13 @@ mod tests {
         let wanted = [
             ("decoder.mid_block.resnets.0.conv1", short),
             ("decoder.up_blocks.1.resnets.2.conv1", short),
-            ("decoder.up_blocks.2.resnets.0.conv1", short),
-            ("decoder.up_blocks.2.resnets.1.conv2", fine),
+            ("decoder.up_blocks.2.resnets.1.conv1", short),
             ("decoder.up_blocks.2.upsamplers.0.conv", short),
             ("decoder.up_blocks.3.resnets.0.conv1", fine),
             ("decoder.up_blocks.3.resnets.0.conv_shortcut", short),
-            ("encoder.mid_block.resnets.0.conv1", fine),
+            ("encoder.mid_block.resnets.0.conv1", short),
+            ("encoder.down_blocks.0.resnets.1.conv2", fine),
+            ("encoder.down_blocks.0.downsamplers.0.conv", short),
         ];
         for quant in [Quant::Q8, Quant::Q4] {
             let specs = wanted.map(|(name, _)| spec(name));
@@ -235,8 +212,12 @@ mod tests {
     #[test]
     fn rules() {
         let kind = WeightKind::Matrix { n: 1, kh: 1, kw: 1, k: 1, order: Default::default() };
-        let spec = WeightSpec { name: "vae.encoder.x.weight".into(), kind, role: Role::Conv };
-        let rules = ["vae.*=f16".to_owned(), "*.x.weight=bf16".to_owned()];
+        let spec = WeightSpec {
+            name: "vae.encoder.down_blocks.0.resnets.0.conv1.weight".into(),
+            kind,
+            role: Role::Conv,
+        };
+        let rules = ["vae.*=f16".to_owned(), "*.conv1.weight=bf16".to_owned()];
         let encoding = |rules: &[String]| {
             Policy::new(Quant::Q8, rules).unwrap().encodings("vae_decoder", std::slice::from_ref(&spec))
         };
