@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::gemm::{Epilogue, Filter, Gemm, GemmKernel, Types, gemm_with, kernels, pick};
 use crate::layout::{ALIGN, Encoding, Weight, WeightShape};
-use crate::view::{ImageShape, Operand, RowsMut};
+use crate::view::{Border, Coding, ImageShape, Operand, RowsMut};
 use crate::{Isa, Workers};
 
 /// How long a figure is measured. The best of many short batches counts, so that other work on the machine doesn't.
@@ -32,17 +32,64 @@ pub struct GemmFigure {
     pub picked: bool,
 }
 
-/// The rate of `kernel`'s multiplications on registers, on all workers at once, in billions of operations per second.
+/// A layer's sizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerShape {
+    /// What it reads.
+    pub input: ImageShape,
+    /// Its filter.
+    pub filter: Filter,
+    /// Outputs.
+    pub n: usize,
+    /// Inputs of a tap.
+    pub k: usize,
+}
+
+impl LayerShape {
+    /// `m` rows by `[n, k]` weights.
+    pub const fn linear(m: usize, n: usize, k: usize) -> Self {
+        LayerShape { input: ImageShape::rows(m), filter: Filter::POINT, n, k }
+    }
+
+    /// A 3 x 3 convolution of `batch` pictures of `side` x `side` pixels that keeps their size.
+    pub const fn conv3x3(batch: usize, side: usize, n: usize, k: usize) -> Self {
+        let border = Border { top: 1, left: 1, bottom: 1, right: 1 };
+        let filter = Filter { kh: 3, kw: 3, stride: 1, upsample: false };
+        LayerShape { input: ImageShape { batch, h: side, w: side, border }, filter, n, k }
+    }
+
+    /// Operations; a multiplication and its addition are two.
+    pub fn ops(&self) -> f64 {
+        2.0 * (self.rows() * self.n * self.filter.kh * self.filter.kw * self.k) as f64
+    }
+
+    fn rows(&self) -> usize {
+        let (h, w) = self.filter.output(&self.input);
+        self.input.batch * h * w
+    }
+}
+
+/// A kernel's rate on a layer and the rate of its multiplications on registers, on all workers, both in billions of
+/// operations per second and measured in turns for `time`. From operand rows to f32 rows with a bias.
 ///
 /// # Panics
-/// Where the machine lacks the kernel's tier.
-pub fn peak_gops(workers: &Workers, kernel: &GemmKernel) -> f64 {
+/// Where the machine lacks the kernel's tier or the kernel doesn't take such weights.
+pub fn layer_gops(
+    workers: &Workers,
+    kernel: &'static GemmKernel,
+    encoding: Encoding,
+    shape: LayerShape,
+    time: Duration,
+) -> (f64, f64) {
+    let mut layer = Layer::new(kernel.types, encoding, shape);
     let mut peak = PeakMeter::new(workers, kernel);
+    let mut seconds = f64::INFINITY;
     let start = Instant::now();
-    while start.elapsed() < MEASURING {
+    while seconds == f64::INFINITY || start.elapsed() < time {
         peak.batch();
+        seconds = seconds.min(layer.run(workers, kernel));
     }
-    peak.best
+    (shape.ops() / seconds / 1e9, peak.best)
 }
 
 /// Every kernel that a machine of tier `isa` runs, on `m` rows by `[n, k]` weights: 8-bit weights for the integer kernels,
@@ -60,51 +107,52 @@ fn gemm_figure(
     n: usize,
     k: usize,
 ) -> GemmFigure {
-    let mut layer = Layer::new(kernel.types, m, n, k);
-    let mut peak = PeakMeter::new(workers, kernel);
-    let mut seconds = f64::INFINITY;
-    let start = Instant::now();
-    while seconds == f64::INFINITY || start.elapsed() < 2 * MEASURING {
-        peak.batch();
-        seconds = seconds.min(layer.run(workers, kernel));
-    }
-    let gops = 2.0 * (m * n * k) as f64 / seconds / 1e9;
-    let picked = pick(isa, &layer.operand(), layer.encoding).name == kernel.name;
-    GemmFigure { kernel: kernel.name, m, n, k, gops, ceiling_ratio: gops / peak.best, picked }
+    let (encoding, shape) = (plain(kernel.types), LayerShape::linear(m, n, k));
+    let (gops, peak) = layer_gops(workers, kernel, encoding, shape, 2 * MEASURING);
+    let picked =
+        pick(isa, &Layer::new(kernel.types, encoding, shape).operand(), encoding).name == kernel.name;
+    GemmFigure { kernel: kernel.name, m, n, k, gops, ceiling_ratio: gops / peak, picked }
 }
 
-/// A linear layer to be measured, `m` rows by `[n, k]` weights.
+/// The weights that kernels of these types take as they are.
+pub const fn plain(types: Types) -> Encoding {
+    match types {
+        Types::U8S8 | Types::S16S16 => Encoding::Q8,
+        Types::Bf16 => Encoding::Bf16,
+        Types::F32 => Encoding::F32,
+    }
+}
+
+/// A layer to be measured, with the rows and weights that kernels of `types` are for. 8-bit rows have a scale each,
+/// 8-bit images one.
 struct Layer {
     types: Types,
     encoding: Encoding,
-    shape: WeightShape,
-    m: usize,
+    shape: LayerShape,
+    weight_shape: WeightShape,
     rows: Lines,
     scale: Vec<f32>,
+    images: Vec<Coding>,
     weight: Lines,
     bias: Vec<f32>,
     out: Lines,
 }
 
 impl Layer {
-    /// With the rows and weights that kernels of these types are for.
-    fn new(types: Types, m: usize, n: usize, k: usize) -> Layer {
-        let encoding = match types {
-            Types::U8S8 | Types::S16S16 => Encoding::Q8,
-            Types::Bf16 => Encoding::Bf16,
-            Types::F32 => Encoding::F32,
-        };
-        let shape = WeightShape::linear(n, k);
+    fn new(types: Types, encoding: Encoding, shape: LayerShape) -> Layer {
+        let weight_shape = WeightShape { n: shape.n, taps: shape.filter.kh * shape.filter.kw, k: shape.k };
+        let rows = shape.input.operand_rows();
         Layer {
             types,
             encoding,
             shape,
-            m,
-            rows: Lines::new(m * shape.k_padded() * types.row_bytes()),
-            scale: vec![1.0; m],
-            weight: Lines::new(shape.bytes(encoding)),
-            bias: vec![0.5; n],
-            out: Lines::new(m * n * 4),
+            weight_shape,
+            rows: Lines::new(rows * weight_shape.k_padded() * types.row_bytes()),
+            scale: vec![1.0; rows],
+            images: vec![Coding { scale: 1.0, zero: 0 }; shape.input.batch],
+            weight: Lines::new(weight_shape.bytes(encoding)),
+            bias: vec![0.5; shape.n],
+            out: Lines::new(shape.rows() * shape.n * 4),
         }
     }
 
@@ -112,7 +160,12 @@ impl Layer {
         let rows = self.rows.get();
         match self.types {
             Types::U8S8 | Types::S16S16 => {
-                Operand::U8 { codes: &rows[..self.m * self.shape.k_padded()], scale: &self.scale }
+                let codes = &rows[..self.scale.len() * self.weight_shape.k_padded()];
+                if self.shape.filter == Filter::POINT {
+                    Operand::U8 { codes, scale: &self.scale }
+                } else {
+                    Operand::U8Uniform { codes, images: &self.images }
+                }
             }
             Types::Bf16 => Operand::Bf16(bytemuck::cast_slice(rows)),
             Types::F32 => Operand::F32(bytemuck::cast_slice(rows)),
@@ -124,9 +177,9 @@ impl Layer {
         let mut out = std::mem::replace(&mut self.out, Lines::new(0));
         let call = Gemm {
             operand: self.operand(),
-            input: ImageShape::rows(self.m),
-            filter: Filter::POINT,
-            weight: Weight::new(self.encoding, self.shape, self.weight.get()),
+            input: self.shape.input,
+            filter: self.shape.filter,
+            weight: Weight::new(self.encoding, self.weight_shape, self.weight.get()),
             epilogue: Epilogue { bias: Some(&self.bias), ..Epilogue::default() },
             out: RowsMut::F32(bytemuck::cast_slice_mut(out.get_mut())),
         };
@@ -210,7 +263,7 @@ mod tests {
     /// Whether the pick is within 10 % of the best kernel that could run the layer. All take turns, so that other work on
     /// the machine meets all of them.
     fn pick_is_best(workers: &Workers, isa: Isa, types: Types, [m, n, k]: [usize; 3]) -> bool {
-        let mut layer = Layer::new(types, m, n, k);
+        let mut layer = Layer::new(types, plain(types), LayerShape::linear(m, n, k));
         let picked = pick(isa, &layer.operand(), layer.encoding);
         let suits = |kernel: &&&'static GemmKernel| {
             isa.includes(kernel.isa) && kernel.suits(&layer.operand(), layer.encoding)

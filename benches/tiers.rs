@@ -1,0 +1,146 @@
+//! A table of every kernel of this machine on the large layers of SD 1.5 and SDXL: billions of operations per second on one
+//! thread, their share of what the same multiplications reach on registers in the same run, 4-bit weights' speed as a share of
+//! 8-bit weights', two threads' as a multiple of one's. Then passes beside a copy.
+//!
+//! `cargo bench -p sdfast-benches --bench tiers [-- --quick] [-- KERNEL]`; `--quick` measures a few layers, shortly.
+
+use std::hint::black_box;
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use half::bf16;
+use kernels::ceilings::{LayerShape, layer_gops, plain};
+use kernels::gemm::{Activation, kernels};
+use kernels::layout::Encoding;
+use kernels::par::Shared;
+use kernels::pass::{Norm, Source, group_codings, group_stats, operand_pass, stats_len, sums_len};
+use kernels::view::{Border, Coding, ImageShape, OperandMut, Rows};
+use kernels::{Isa, Workers};
+use sdfast_benches::noise;
+
+/// m, n, k.
+const LINEAR: [(usize, usize, usize); 8] = [
+    (4096, 320, 320),
+    (4096, 2560, 320),
+    (4096, 320, 1280),
+    (1024, 5120, 640),
+    (1024, 640, 640),
+    (256, 10240, 1280),
+    (1024, 1280, 1280),
+    (16384, 640, 640),
+];
+/// Side, outputs and inputs.
+const CONV: [(usize, usize); 3] = [(64, 320), (32, 640), (16, 1280)];
+/// Images, side, channels.
+const PASSES: [(usize, usize, usize); 3] = [(2, 64, 320), (2, 32, 640), (2, 16, 1280)];
+
+fn main() {
+    let quick = std::env::args().any(|arg| arg == "--quick");
+    let only = std::env::args().skip(1).find(|arg| !arg.starts_with('-'));
+    let time = Duration::from_millis(if quick { 30 } else { 400 });
+    let (one, two) = (Workers::new(1), Workers::new(2));
+    let linear = LINEAR.map(|(m, n, k)| (format!("{m} x {n} x {k}"), LayerShape::linear(m, n, k)));
+    let conv =
+        CONV.map(|(side, c)| (format!("3 x 3, {side} x {side}, {c}"), LayerShape::conv3x3(1, side, c, c)));
+    let (linear, conv) = if quick { (&linear[6..7], &conv[..1]) } else { (&linear[..], &conv[..]) };
+    say("| kernel | layer | GOP/s | of ceiling | q4 to q8 | 2 threads to 1 |\n|---|---|--:|--:|--:|--:|");
+    for kernel in kernels().iter().filter(|kernel| kernel.isa.is_available() && kernel.isa != Isa::Scalar) {
+        if only.as_ref().is_some_and(|only| !kernel.name.contains(only)) {
+            continue;
+        }
+        let encoding = plain(kernel.types);
+        for (name, shape) in linear.iter().chain(conv) {
+            let (gops, ceiling) = layer_gops(&one, kernel, encoding, *shape, time);
+            let four = if encoding == Encoding::Q8 {
+                let (four, _) = layer_gops(&one, kernel, Encoding::Q4, *shape, time);
+                format!("{:.2}", four / gops)
+            } else {
+                String::new()
+            };
+            let (both, _) = layer_gops(&two, kernel, encoding, *shape, time);
+            let (ratio, threads) = (gops / ceiling, both / gops);
+            say(&format!("| {} | {name} | {gops:.0} | {ratio:.2} | {four} | {threads:.2} |", kernel.name));
+        }
+    }
+    say("\n| pass, bf16 in, one thread | size | GB/s read and written | of a copy |\n|---|---|--:|--:|");
+    for size in if quick { &PASSES[..1] } else { &PASSES[..] } {
+        passes(&one, *size, time);
+    }
+}
+
+/// Rates of what writes the operands of an image of `size`.
+fn passes(workers: &Workers, (batch, side, channels): (usize, usize, usize), time: Duration) {
+    let isa = Isa::detect();
+    let image =
+        ImageShape { batch, h: side, w: side, border: Border { top: 1, left: 1, bottom: 1, right: 1 } };
+    let rows = ImageShape::rows(image.pixels());
+    let n = image.pixels() * channels;
+    let stride = channels.next_multiple_of(64);
+    let x: Vec<bf16> = noise(n).iter().map(|&x| bf16::from_f32(x)).collect();
+    let source = Source::one(Rows::Bf16(&x), channels);
+    let (gamma, beta) = (vec![1.1f32; channels], vec![0.1f32; channels]);
+    let groups = 32;
+    let mut sums = vec![0f64; sums_len(&image, groups, channels)];
+    let mut stats = vec![0f32; batch * stats_len(groups, channels)];
+    let mut codes = vec![0u8; image.operand_rows() * stride];
+    let mut scale = vec![0f32; image.operand_rows()];
+    let mut codings = vec![Coding { scale: 1.0, zero: 0 }; batch];
+    let size = format!("{batch} x {side} x {side} x {channels}");
+
+    let (mut copy, half) = (vec![bf16::ZERO; n], n / 2);
+    let copied = {
+        let to = Shared::new(&mut copy);
+        rate(4 * n, time, || {
+            workers.for_each(2, |i, _| {
+                // SAFETY: each task has its own part.
+                unsafe { to.slice(i * half, half) }.copy_from_slice(&x[i * half..(i + 1) * half]);
+            });
+        })
+    };
+    black_box(&copy);
+    let line =
+        |name: &str, rate: f64| say(&format!("| {name} | {size} | {rate:.1} | {:.2} |", rate / copied));
+    line("copy", copied);
+    line(
+        "group norm, statistics",
+        rate(2 * n, time, || {
+            group_stats(workers, isa, source, image, groups, 1e-5, &mut sums, &mut stats);
+        }),
+    );
+    let norm = Norm::Group { stats: &stats, groups, gamma: &gamma, beta: &beta };
+    group_codings(norm, Activation::Silu, &mut codings);
+    line(
+        "group norm, SiLU, u8 image",
+        rate(3 * n, time, || {
+            let out = OperandMut::U8Uniform { codes: &mut codes, images: &codings };
+            operand_pass(workers, isa, source, image, norm, Activation::Silu, out, stride);
+        }),
+    );
+    line(
+        "layer norm, u8 rows",
+        rate(3 * n, time, || {
+            let norm = Norm::Layer { gamma: &gamma, beta: &beta, eps: 1e-5 };
+            let out = OperandMut::U8 {
+                codes: &mut codes[..rows.operand_rows() * stride],
+                scale: &mut scale[..rows.operand_rows()],
+            };
+            operand_pass(workers, isa, source, rows, norm, Activation::None, out, stride);
+        }),
+    );
+}
+
+/// A line for whoever waits.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stdout().lock(), "{line}");
+}
+
+/// The best rate of `run`, which moves `bytes`, in GB/s.
+fn rate(bytes: usize, time: Duration, mut run: impl FnMut()) -> f64 {
+    let (start, mut best) = (Instant::now(), f64::INFINITY);
+    while best == f64::INFINITY || start.elapsed() < time {
+        let clock = Instant::now();
+        run();
+        best = best.min(clock.elapsed().as_secs_f64());
+    }
+    bytes as f64 / best / 1e9
+}
