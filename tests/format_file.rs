@@ -252,7 +252,7 @@ fn open(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let model = ModelFile::open(path)?;
     for tensor in model.tensors() {
         assert_eq!(model.bytes(tensor).len() as u64, tensor.len);
-        let _ = model.weight(tensor);
+        let _ = (model.weight(tensor), model.factors(tensor));
     }
     model.verify()
 }

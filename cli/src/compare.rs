@@ -177,8 +177,13 @@ fn weights(reference: &ModelFile, other: &ModelFile, path: &Path) -> String {
     let mut errors = vec![];
     for (tensor, same) in other.tensors().iter().filter_map(|t| Some((t, reference.tensor(&t.name)?))) {
         let Some(shape) = tensor.kind.shape().filter(|_| tensor.kind == same.kind) else { continue };
-        let got = kernels::quantize::decode(tensor.encoding, shape, other.bytes(tensor));
-        let want = kernels::quantize::decode(same.encoding, shape, reference.bytes(same));
+        let [got, want] = [(other, tensor), (reference, same)].map(|(file, tensor)| {
+            let mut numbers = kernels::quantize::decode(tensor.encoding, shape, file.bytes(tensor));
+            if let Some(factors) = file.factors(tensor) {
+                numbers.iter_mut().zip(factors.iter().cycle()).for_each(|(x, f)| *x *= f);
+            }
+            numbers
+        });
         errors.push((relative_error(&got, &want), tensor.encoding, tensor.name.as_str()));
     }
     errors.sort_by(|a, b| b.0.total_cmp(&a.0));

@@ -125,7 +125,10 @@ impl Calibration {
 
     /// How rounding errors of a weight are fed back; `None` where its inputs were not seen often enough.
     pub(crate) fn feedback(&self, job: &Job) -> Option<Feedback> {
-        let moments = locked(&self.held).remove(&job.spec.name)?;
+        let mut moments = locked(&self.held).remove(&job.spec.name)?;
+        if let Some(factors) = &job.factors {
+            moments.multiply(factors); // what the weights will meet
+        }
         Feedback::new(self.isa, moments)
     }
 

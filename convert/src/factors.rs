@@ -1,0 +1,283 @@
+//! Factors for the inputs of matrices: a few inputs with weights much wider than the rest would make every output's scale
+//! coarse. So the weights of input `k` are divided by `f[k]`, and what meets them is multiplied by it.
+//!
+//! That moves a width from the weights to the activations, where it may do the same harm. How wide an activation is follows from
+//! what makes it: the norm before, or the matrix whose output it is. With both known, `f` is the root of their ratio (as of
+//! SmoothQuant, Xiao et al. 2023), a power of two so that dividing changes no digit. It is kept where, by a model of rounding
+//! errors, it makes these smaller by much; ordinary matrices have none.
+#![forbid(unsafe_code)]
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use engine::graph::weight::{OutputOrder, Stored, WeightKind, WeightSpec};
+use engine::graph::{Network, OperandSpec, Origin};
+use kernels::gemm::Activation;
+use kernels::layout::{Encoding, Q4_GROUP};
+use kernels::reference::math;
+use rayon::prelude::*;
+
+use crate::error::Error;
+use crate::family::{Recognized, Sources};
+use crate::pack::{Job, Rows};
+
+/// Outputs of a matrix that are looked at.
+const OUTPUTS: usize = 64;
+/// The error with factors, relative to that without, that makes them worth a place.
+const WORTH: f64 = 0.8;
+/// How far an activation reaches beyond its root mean square.
+const PEAK: f64 = 3.0;
+/// The largest exponent.
+const LIMIT: f64 = 10.0;
+/// From how large an exponent on a channel gets a factor: one set for networks as they are mostly, one that is thorough.
+const THRESHOLDS: [f64; 2] = [2.0, 1.0];
+
+/// The numbers of a vector of factors.
+pub(crate) type Factors = Arc<Vec<f32>>;
+
+/// Gives factors to the matrices of `network` that they pay for, in `stored`. Returns the vectors by name.
+pub(crate) fn choose(
+    sources: &Sources,
+    recognized: &Recognized,
+    network: &Network,
+    stored: &mut [Stored],
+) -> Result<HashMap<String, Factors>, Error> {
+    let operands = network.operands();
+    let look = Look { sources, recognized, specs: network.weights(), operands: &operands };
+    let chosen: Vec<Option<Vec<f32>>> = operands
+        .par_iter()
+        .map(|operand| look.factors(operand, stored))
+        .collect::<Result<_, Error>>()?;
+    let mut vectors = HashMap::new();
+    for (operand, factors) in operands.iter().zip(chosen) {
+        let Some(factors) = factors else { continue };
+        let matrices: Vec<usize> = integers(operand, stored).collect();
+        let first = &network.weights()[matrices[0]].name;
+        let name = format!("{}.factors", first.strip_suffix(".weight").unwrap_or(first));
+        matrices.iter().for_each(|&w| stored[w].factors = Some(name.clone()));
+        vectors.insert(name, Arc::new(factors));
+    }
+    Ok(vectors)
+}
+
+/// The matrices of `operand` that have integer weights.
+fn integers(operand: &OperandSpec, stored: &[Stored]) -> impl Iterator<Item = usize> {
+    operand.matrices.iter().copied().filter(|&w| stored[w].encoding.is_some_and(Encoding::is_integer))
+}
+
+/// Some outputs of a matrix.
+struct Sample {
+    encoding: Encoding,
+    taps: usize,
+    k: usize,
+    /// `[outputs, k, taps]`
+    weights: Vec<f32>,
+}
+
+impl Sample {
+    /// `[k, taps]` of each output.
+    fn rows(&self) -> impl Iterator<Item = &[f32]> {
+        self.weights.chunks_exact(self.k * self.taps)
+    }
+}
+
+/// The checkpoint, seen through a network.
+struct Look<'a> {
+    sources: &'a Sources,
+    recognized: &'a Recognized,
+    specs: &'a [WeightSpec],
+    operands: &'a [OperandSpec],
+}
+
+impl Look<'_> {
+    /// The factors of an operand, where they pay.
+    fn factors(&self, operand: &OperandSpec, stored: &[Stored]) -> Result<Option<Vec<f32>>, Error> {
+        let samples: Vec<Sample> = integers(operand, stored)
+            .map(|w| self.sample(w, stored[w].encoding.expect("an integer one")))
+            .collect::<Result<_, _>>()?;
+        if samples.is_empty() {
+            return Ok(None);
+        }
+        let widths = widths(&samples);
+        let scale = self.scale(operand.origin, widths.len())?;
+        let ratio = ratio(&widths, &scale);
+        if ratio.iter().all(|r| r.abs() < THRESHOLDS[1]) {
+            return Ok(None);
+        }
+        let plain = error(&samples, &scale, &vec![1.0; widths.len()]);
+        let mut best = (WORTH * plain, None);
+        for threshold in THRESHOLDS {
+            let exponent = |&r: &f64| if r.abs() < threshold { 0.0 } else { r.round().clamp(-LIMIT, LIMIT) };
+            let factors: Vec<f64> = ratio.iter().map(|r| exponent(r).exp2()).collect();
+            let with = error(&samples, &scale, &factors);
+            if with < best.0 {
+                best = (with, Some(factors));
+            }
+        }
+        Ok(best.1.map(|factors| factors.into_iter().map(|f| f as f32).collect()))
+    }
+
+    fn sample(&self, weight: usize, encoding: Encoding) -> Result<Sample, Error> {
+        let (n, taps, k) = self.shape(weight);
+        let count = n.min(OUTPUTS);
+        let mut weights = vec![0.0; count * taps * k];
+        let at = (0..count).map(|i| i * n / count);
+        self.read(weight, at.zip(weights.chunks_exact_mut(taps * k)))?;
+        Ok(Sample { encoding, taps, k, weights })
+    }
+
+    /// The root mean square of each of `k` channels of a value, as far as its origin tells it; of others it is 1.
+    fn scale(&self, origin: Origin, k: usize) -> Result<Vec<f64>, Error> {
+        match origin {
+            Origin::Norm { gamma, beta, activation } => {
+                let (gamma, beta) = (self.vector(gamma)?, self.vector(beta)?);
+                let pairs = gamma.iter().zip(&beta);
+                Ok(pairs.map(|(&g, &b)| spread(activation, g.into(), b.into())).collect())
+            }
+            Origin::Matrix { weight, bias, activation } => {
+                let (n, taps, inputs) = self.shape(weight);
+                let reads = self.operands.iter().find(|o| o.matrices.contains(&weight));
+                let x = match reads.map(|o| o.origin) {
+                    Some(Origin::Norm { .. }) => self.scale(reads.expect("as matched").origin, inputs)?,
+                    _ => vec![1.0; inputs],
+                };
+                let mut out = vec![0.0; n];
+                let mut row = vec![0.0; taps * inputs];
+                for (i, out) in out.iter_mut().enumerate() {
+                    self.read(weight, std::iter::once((i, row.as_mut_slice())))?;
+                    let terms = row.chunks_exact(taps).zip(&x);
+                    *out = terms.map(|(w, x)| energy(w) * x * x).sum::<f64>().sqrt();
+                }
+                let bias = bias.map_or(Ok(vec![0.0; n]), |b| self.vector(b))?;
+                let each = |i: usize| (out[i], f64::from(bias[i]));
+                if activation != Activation::Geglu {
+                    return Ok((0..n).map(|i| spread(activation, each(i).0, each(i).1)).collect());
+                }
+                let (values, gates) = ((0..n / 2).map(each), (n / 2..n).map(each));
+                let pairs = values.zip(gates);
+                Ok(pairs.map(|(v, g)| v.0.hypot(v.1) * spread(Activation::Gelu, g.0, g.1)).collect())
+            }
+            Origin::Other => Ok(vec![1.0; k]),
+        }
+    }
+
+    /// `n, taps, k` of a matrix.
+    fn shape(&self, weight: usize) -> (usize, usize, usize) {
+        match self.specs[weight].kind {
+            WeightKind::Matrix { n, kh, kw, k, .. } => (n, kh * kw, k),
+            _ => unreachable!("operands meet matrices"),
+        }
+    }
+
+    fn vector(&self, weight: usize) -> Result<Vec<f32>, Error> {
+        let WeightKind::Vector { len, .. } = self.specs[weight].kind else {
+            unreachable!("norms and biases are vectors")
+        };
+        let mut out = vec![0.0; len];
+        self.read(weight, out.chunks_exact_mut(1).enumerate())?;
+        Ok(out)
+    }
+
+    /// Reads rows of a tensor, in the order of the checkpoint.
+    fn read<'b>(
+        &self,
+        weight: usize,
+        rows: impl Iterator<Item = (usize, &'b mut [f32])>,
+    ) -> Result<(), Error> {
+        let mut spec = self.specs[weight].clone();
+        if let WeightKind::Matrix { order, .. } | WeightKind::Vector { order, .. } = &mut spec.kind {
+            *order = OutputOrder::Plain;
+        }
+        let view = self.recognized.tensors[&spec.name].clone();
+        let job = Job::new(spec, Encoding::F32, view);
+        let from = Rows::new(self.sources, &job)?;
+        let mut raw = vec![];
+        for (i, out) in rows {
+            from.gather(i..i + 1, out, &mut raw)?;
+            out.iter_mut().filter(|x| !x.is_finite()).for_each(|x| *x = 0.0);
+        }
+        Ok(())
+    }
+}
+
+/// The sum of the squares.
+fn energy(x: &[f32]) -> f64 {
+    x.iter().map(|&x| f64::from(x).powi(2)).sum()
+}
+
+/// The root mean square of `activation(g * z + b)` for normally distributed `z`.
+fn spread(activation: Activation, g: f64, b: f64) -> f64 {
+    let points = (-8..=8).map(|i| f64::from(i) / 2.0);
+    let weighted = points.map(|z| {
+        let weight = (-z * z / 2.0).exp();
+        (weight, weight * math::activation(activation, g * z + b).powi(2))
+    });
+    let (weights, sum) = weighted.fold((0.0, 0.0), |(w, s), (weight, square)| (w + weight, s + square));
+    (sum / weights).sqrt()
+}
+
+/// For each input, the root mean square of its weights relative to those of the same outputs: the widest of all matrices.
+fn widths(samples: &[Sample]) -> Vec<f64> {
+    let mut widths = vec![];
+    for sample in samples {
+        let mut sums = vec![0.0; sample.k];
+        for row in sample.rows() {
+            let total = energy(row);
+            if total > 0.0 {
+                let inputs = row.chunks_exact(sample.taps);
+                sums.iter_mut().zip(inputs).for_each(|(sum, w)| *sum += energy(w) / total);
+            }
+        }
+        widths.resize(sums.len(), 0.0f64);
+        widths.iter_mut().zip(&sums).for_each(|(w, s)| *w = w.max(s.sqrt()));
+    }
+    widths
+}
+
+/// The binary logarithm of the factor that makes weights and activations of each channel equally wide, both relative to the
+/// median channel.
+fn ratio(widths: &[f64], scale: &[f64]) -> Vec<f64> {
+    let median = |x: &[f64]| {
+        let mut x = x.to_vec();
+        x.sort_by(f64::total_cmp);
+        x.get(x.len() / 2).copied().unwrap_or(0.0)
+    };
+    let (width, mid) = (median(widths), median(scale));
+    let each = widths.iter().zip(scale).map(|(w, s)| ((w / width) / (s / mid)).log2() / 2.0);
+    each.map(|ratio| if ratio.is_finite() { ratio } else { 0.0 }).collect()
+}
+
+/// The relative error that rounding weights and activations leaves in the outputs, by a model in which errors are even within
+/// a step and independent.
+fn error(samples: &[Sample], scale: &[f64], factors: &[f64]) -> f64 {
+    let x: Vec<f64> = scale.iter().zip(factors).map(|(s, f)| s * f).collect();
+    // A whole step of an activation.
+    let step = 2.0 * PEAK * x.iter().copied().fold(0.0, f64::max) / 254.0;
+    let mut sum = 0.0;
+    let mut count = 0.0;
+    for sample in samples {
+        for row in sample.rows() {
+            let (mut signal, mut error, mut sizes) = (0.0, 0.0, 0.0);
+            let mut group = (0.0f64, 0.0); // widest weight, energy of its inputs
+            for (k, weights) in row.chunks_exact(sample.taps).enumerate() {
+                let squares = energy(weights);
+                signal += squares * scale[k].powi(2);
+                sizes += squares / factors[k].powi(2);
+                let widest = f64::from(weights.iter().fold(0.0f32, |m, w| m.max(w.abs()))) / factors[k];
+                group = (group.0.max(widest), group.1 + x[k].powi(2) * sample.taps as f64);
+                let full = sample.encoding == Encoding::Q4 && (k + 1).is_multiple_of(Q4_GROUP);
+                if full || k + 1 == sample.k {
+                    let steps = if sample.encoding == Encoding::Q4 { 7.5 } else { 127.0 };
+                    error += (group.0 / steps).powi(2) / 12.0 * group.1;
+                    group = (0.0, 0.0);
+                }
+            }
+            error += step.powi(2) / 12.0 * sizes;
+            if signal > 0.0 {
+                sum += error / signal;
+                count += 1.0;
+            }
+        }
+    }
+    (sum / f64::max(count, 1.0)).sqrt()
+}
