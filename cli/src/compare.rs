@@ -4,8 +4,8 @@
 //! what the network saw along the reference's run; latents and pictures are those of each model's own run.
 #![forbid(unsafe_code)]
 
-mod measure;
-mod trajectory;
+pub mod measure;
+pub mod trajectory;
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -18,7 +18,7 @@ use crate::args::Compare;
 use crate::failure::{Failure, Result};
 use crate::output::Output;
 use crate::progress::{Level, Progress};
-use crate::{model, picture, terminal};
+use crate::{interrupt, model, picture, terminal};
 use measure::{median, psnr, relative_error, ssim, worst};
 use trajectory::Trajectory;
 
@@ -55,7 +55,7 @@ pub(crate) fn run(arguments: &Compare) -> Result<()> {
     let width = requests[0].width;
     let mut runs = vec![];
     for request in &requests {
-        runs.push(trajectory::run(&reference, request, None)?);
+        runs.push(trajectory::run(&reference, request, &interrupt::control)?);
         progress.at(runs.len() as u64, all, &format!("reference {} of {}", runs.len(), requests.len()));
     }
     let mut columns = vec![runs.iter().map(|run| run.rgb8.clone()).collect::<Vec<_>>()];
@@ -65,7 +65,8 @@ pub(crate) fn run(arguments: &Compare) -> Result<()> {
         let mut row = Row::new(path, &pipeline);
         let mut pictures = vec![];
         for (request, want) in requests.iter().zip(&runs) {
-            let got = trajectory::run(&pipeline, request, Some((want, &mut row.noise)))?;
+            row.noise.extend(trajectory::errors(&pipeline, request, want, 1, &interrupt::control)?);
+            let got = trajectory::run(&pipeline, request, &interrupt::control)?;
             row.add(&got, want, width);
             pictures.push(got.rgb8);
             let done = runs.len() * (rows.len() + 1) + pictures.len();
