@@ -80,7 +80,8 @@ fn parts() -> Vec<(&'static str, Vec<(WeightSpec, Stored)>)> {
         (WeightSpec { name: name.into(), kind, role }, Stored::from(encoding))
     };
     let factors = |(spec, stored), name: &str| (spec, Stored { factors: Some(name.into()), ..stored });
-    let vector = |name: &str, len, order| spec(name, WeightKind::Vector { len, order }, Role::Vector, Encoding::F32);
+    let vector =
+        |name: &str, len, order| spec(name, WeightKind::Vector { len, order }, Role::Vector, Encoding::F32);
     let plain = OutputOrder::Plain;
     vec![
         (
@@ -214,7 +215,9 @@ fn layouts_that_cannot_be() {
     let mut wrong = parts();
     wrong[1].1[2].1 = Encoding::F16.into(); // a bias
     assert!(Layout::new(&card(), tokenizer, &wrong).is_err());
-    for (tensor, factors) in [(1, "unet.none"), (1, "unet.conv.bias"), (3, "unet.conv.factors"), (1, "unet.ff")] {
+    for (tensor, factors) in
+        [(1, "unet.none"), (1, "unet.conv.bias"), (3, "unet.conv.factors"), (1, "unet.ff")]
+    {
         let mut wrong = parts();
         wrong[1].1[tensor].1.factors = Some(factors.into());
         assert!(Layout::new(&card(), tokenizer, &wrong).is_err(), "{factors} for tensor {tensor}");

@@ -44,10 +44,8 @@ pub(crate) fn choose(
 ) -> Result<HashMap<String, Factors>, Error> {
     let operands = network.operands();
     let look = Look { sources, recognized, specs: network.weights(), operands: &operands };
-    let chosen: Vec<Option<Vec<f32>>> = operands
-        .par_iter()
-        .map(|operand| look.factors(operand, stored))
-        .collect::<Result<_, Error>>()?;
+    let chosen: Vec<Option<Vec<f32>>> =
+        operands.par_iter().map(|operand| look.factors(operand, stored)).collect::<Result<_, Error>>()?;
     let mut vectors = HashMap::new();
     for (operand, factors) in operands.iter().zip(chosen) {
         let Some(factors) = factors else { continue };
@@ -98,23 +96,8 @@ impl Look<'_> {
         if samples.is_empty() {
             return Ok(None);
         }
-        let widths = widths(&samples);
-        let scale = self.scale(operand.origin, widths.len())?;
-        let ratio = ratio(&widths, &scale);
-        if ratio.iter().all(|r| r.abs() < THRESHOLDS[1]) {
-            return Ok(None);
-        }
-        let plain = error(&samples, &scale, &vec![1.0; widths.len()]);
-        let mut best = (WORTH * plain, None);
-        for threshold in THRESHOLDS {
-            let exponent = |&r: &f64| if r.abs() < threshold { 0.0 } else { r.round().clamp(-LIMIT, LIMIT) };
-            let factors: Vec<f64> = ratio.iter().map(|r| exponent(r).exp2()).collect();
-            let with = error(&samples, &scale, &factors);
-            if with < best.0 {
-                best = (with, Some(factors));
-            }
-        }
-        Ok(best.1.map(|factors| factors.into_iter().map(|f| f as f32).collect()))
+        let scale = self.scale(operand.origin, samples[0].k)?;
+        Ok(best(&samples, &scale))
     }
 
     fn sample(&self, weight: usize, encoding: Encoding) -> Result<Sample, Error> {
@@ -200,6 +183,24 @@ impl Look<'_> {
     }
 }
 
+/// The factors of an operand whose channels have these scales, where they pay.
+fn best(samples: &[Sample], scale: &[f64]) -> Option<Vec<f32>> {
+    let ratio = ratio(&widths(samples), scale);
+    if ratio.iter().all(|r| r.abs() < THRESHOLDS[1]) {
+        return None;
+    }
+    let mut best = (WORTH * error(samples, scale, &vec![1.0; scale.len()]), None);
+    for threshold in THRESHOLDS {
+        let exponent = |&r: &f64| if r.abs() < threshold { 0.0 } else { r.round().clamp(-LIMIT, LIMIT) };
+        let factors: Vec<f64> = ratio.iter().map(|r| exponent(r).exp2()).collect();
+        let with = error(samples, scale, &factors);
+        if with < best.0 {
+            best = (with, Some(factors));
+        }
+    }
+    Some(best.1?.into_iter().map(|f| f as f32).collect())
+}
+
 /// The sum of the squares.
 fn energy(x: &[f32]) -> f64 {
     x.iter().map(|&x| f64::from(x).powi(2)).sum()
@@ -280,4 +281,69 @@ fn error(samples: &[Sample], scale: &[f64], factors: &[f64]) -> f64 {
         }
     }
     (sum / f64::max(count, 1.0)).sqrt()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kernels::layout::WeightShape;
+    use kernels::quantize::{decode, encode};
+
+    const N: usize = 64;
+    const K: usize = 320;
+
+    fn noise(n: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9) | 1;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..n).map(|_| next() + next() + next()).collect()
+    }
+
+    /// Relative error of a product of 8-bit rows and a rounded matrix, divided by its factors; and whether it has some.
+    fn product_error(encoding: Encoding, weights: &[f32], rows: &[f32], scale: &[f64]) -> (f64, bool) {
+        let sample = Sample { encoding, taps: 1, k: K, weights: weights.to_vec() };
+        let chosen = best(&[sample], scale);
+        let factors = chosen.clone().unwrap_or(vec![1.0; K]);
+        let shape = WeightShape::linear(N, K);
+        let divided: Vec<f32> = weights.iter().zip(factors.iter().cycle()).map(|(w, f)| w / f).collect();
+        let mut bytes = vec![0; shape.bytes(encoding)];
+        encode(encoding, shape, &divided, &mut bytes);
+        let rounded = decode(encoding, shape, &bytes);
+        let (mut error, mut signal) = (0.0, 0.0);
+        for row in rows.chunks_exact(K) {
+            let wide: Vec<f32> = row.iter().zip(&factors).map(|(x, f)| x * f).collect();
+            let step = wide.iter().fold(0.0f32, |m, x| m.max(x.abs())) / 127.0;
+            let coded: Vec<f32> = wide.iter().map(|x| (x / step).round() * step).collect();
+            let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+            for (want, got) in weights.chunks_exact(K).zip(rounded.chunks_exact(K)) {
+                let want = dot(row, want);
+                error += (dot(&coded, got) - want).powi(2);
+                signal += want.powi(2);
+            }
+        }
+        (f64::sqrt(error / signal), chosen.is_some())
+    }
+
+    /// Four channels whose weights, or activations, are 30 times wider than the rest; made up for on the other side or not.
+    #[test]
+    fn wide_channels_cost_little() {
+        let times = |numbers: &[f32], factor: f32| -> Vec<f32> {
+            let wide = |i: usize| if i % K % 80 == 7 { factor } else { 1.0 };
+            numbers.iter().enumerate().map(|(i, x)| x * wide(i)).collect()
+        };
+        let (weights, rows) = (noise(N * K, 1), noise(32 * K, 2));
+        for encoding in [Encoding::Q8, Encoding::Q4] {
+            let (plain, none) = product_error(encoding, &weights, &rows, &[1.0; K]);
+            assert!(!none, "ordinary channels need no factors");
+            for (w, x) in
+                [(30.0, 1.0 / 30.0), (1.0 / 30.0, 30.0), (30.0, 1.0), (1.0, 30.0), (1.0, 1.0 / 30.0)]
+            {
+                let scale: Vec<f64> = times(&[1.0; K], x).into_iter().map(f64::from).collect();
+                let (got, _) = product_error(encoding, &times(&weights, w), &times(&rows, x), &scale);
+                assert!(got <= 1.5 * plain, "{encoding:?}, weights {w}, activations {x}: {got} for {plain}");
+            }
+        }
+    }
 }

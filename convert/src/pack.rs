@@ -363,12 +363,7 @@ impl<'a> Rows<'a> {
     }
 
     /// Copies the stored rows into `out`; rows of padding stay zero.
-    pub(crate) fn gather(
-        &self,
-        rows: Range<usize>,
-        out: &mut [f32],
-        raw: &mut Vec<u8>,
-    ) -> Result<(), Error> {
+    pub(crate) fn gather(&self, rows: Range<usize>, out: &mut [f32], raw: &mut Vec<u8>) -> Result<(), Error> {
         let mut at = rows.start;
         while at < rows.end {
             let Some(from) = self.order.source(self.count, at) else {

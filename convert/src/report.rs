@@ -136,6 +136,7 @@ pub(crate) fn totals<'a>(
 pub(crate) fn unet_bits(tensors: &[TensorReport], layout: &Layout) -> f64 {
     let numbers: u64 = tensors.iter().filter(|t| t.part == "unet").map(TensorReport::parameters).sum();
     let unet = layout.parts().iter().find(|part| part.name == "unet");
-    let bytes: u64 = unet.map_or(0, |part| layout.tensors()[part.tensors.clone()].iter().map(|t| t.len).sum());
+    let bytes: u64 =
+        unet.map_or(0, |part| layout.tensors()[part.tensors.clone()].iter().map(|t| t.len).sum());
     8.0 * bytes as f64 / (numbers as f64).max(1.0)
 }

@@ -199,9 +199,7 @@ impl Network {
     fn origin(&self, x: Tensor) -> Origin {
         match self.nodes[x.0] {
             Node::GroupNorm { gamma, beta, activation, .. } => Origin::Norm { gamma, beta, activation },
-            Node::LayerNorm { gamma, beta, .. } => {
-                Origin::Norm { gamma, beta, activation: Activation::None }
-            }
+            Node::LayerNorm { gamma, beta, .. } => Origin::Norm { gamma, beta, activation: Activation::None },
             Node::Gemm { weight, bias, activation, residual: None, .. } => {
                 Origin::Matrix { weight, bias, activation }
             }
