@@ -2,8 +2,6 @@
 #![forbid(unsafe_code)]
 
 pub mod families;
-pub mod numpy;
-pub mod score;
 
 use std::collections::HashMap;
 use std::io::Write;

@@ -31,15 +31,29 @@ pub trait Watch<E> {
     fn after(&mut self, i: usize, among: Range<usize>) -> Result<(), E>;
 }
 
-/// Is shown the operand of each matrix product before it is met: the weight's name, the rows, and the elements from one row
-/// to the next. Rows around the border of an image are zero.
+/// A matrix product that is about to be made.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen<'a> {
+    /// The weight's name.
+    pub name: &'a str,
+    /// The rows that meet it, multiplied by its factors. Those around the border of an image are zero.
+    pub operand: Operand<'a>,
+    /// Elements from one row to the next.
+    pub stride: usize,
+    /// The rows' pixels: a band of those of the layer, perhaps.
+    pub input: ImageShape,
+    /// What is computed of them.
+    pub filter: Filter,
+}
+
+/// Is shown each matrix product.
 pub struct Observer(Box<See>);
 
-type See = dyn Fn(&str, Operand<'_>, usize) + Send + Sync;
+type See = dyn Fn(Seen<'_>) + Send + Sync;
 
 impl Observer {
     /// Calls `see`.
-    pub fn new(see: impl Fn(&str, Operand<'_>, usize) + Send + Sync + 'static) -> Self {
+    pub fn new(see: impl Fn(Seen<'_>) + Send + Sync + 'static) -> Self {
         Observer(Box::new(see))
     }
 }
@@ -305,8 +319,13 @@ impl<'a> Session<'a> {
                         accumulate: matches!(residual, ResidualSpec::InPlace),
                     };
                     if let Some(Observer(see)) = self.observer {
-                        let rows = self.operand(operand, bank, shape);
-                        see(&self.plan.weights()[weight].name, rows, operand.stride);
+                        see(Seen {
+                            name: &self.plan.weights()[weight].name,
+                            operand: self.operand(operand, bank, shape),
+                            stride: operand.stride,
+                            input: *shape,
+                            filter,
+                        });
                     }
                     let call = Gemm {
                         operand: self.operand(operand, bank, shape),

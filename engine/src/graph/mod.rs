@@ -21,7 +21,7 @@ pub mod weight;
 
 pub use arena::{Arena, Region};
 pub use builder::{Builder, Dims, GemmBuilder, Network, OperandSpec, Origin, Rate, Tensor};
-pub use exec::{Observer, Session, Watch};
+pub use exec::{Observer, Seen, Session, Watch};
 pub use lower::Options;
 pub use plan::Plan;
 pub use profile::{Profile, Span};
