@@ -14,7 +14,6 @@ use engine::graph::weight::{OutputOrder, Stored, WeightKind, WeightSpec};
 use engine::graph::{Network, OperandSpec, Origin};
 use kernels::gemm::Activation;
 use kernels::layout::{Encoding, Q4_GROUP};
-use kernels::reference::math;
 use rayon::prelude::*;
 
 use crate::error::Error;
@@ -22,7 +21,9 @@ use crate::family::{Recognized, Sources};
 use crate::pack::{Job, Rows};
 
 /// Outputs of a matrix that are looked at.
-const OUTPUTS: usize = 64;
+const OUTPUTS: usize = 32;
+/// Rows that are read at a time.
+const ROWS: usize = 64;
 /// The error with factors, relative to that without, that makes them worth a place.
 const WORTH: f64 = 0.8;
 /// How far an activation reaches beyond its root mean square.
@@ -103,9 +104,10 @@ impl Look<'_> {
     fn sample(&self, weight: usize, encoding: Encoding) -> Result<Sample, Error> {
         let (n, taps, k) = self.shape(weight);
         let count = n.min(OUTPUTS);
-        let mut weights = vec![0.0; count * taps * k];
-        let at = (0..count).map(|i| i * n / count);
-        self.read(weight, at.zip(weights.chunks_exact_mut(taps * k)))?;
+        let row = taps * k;
+        let mut weights = vec![0.0; count * row];
+        let spread = weights.chunks_exact_mut(row).enumerate().map(|(i, out)| (i * n / count, out));
+        self.read(weight, row, spread)?;
         Ok(Sample { encoding, taps, k, weights })
     }
 
@@ -124,12 +126,17 @@ impl Look<'_> {
                     Some(Origin::Norm { .. }) => self.scale(reads.expect("as matched").origin, inputs)?,
                     _ => vec![1.0; inputs],
                 };
-                let mut out = vec![0.0; n];
-                let mut row = vec![0.0; taps * inputs];
-                for (i, out) in out.iter_mut().enumerate() {
-                    self.read(weight, std::iter::once((i, row.as_mut_slice())))?;
-                    let terms = row.chunks_exact(taps).zip(&x);
-                    *out = terms.map(|(w, x)| energy(w) * x * x).sum::<f64>().sqrt();
+                let row = taps * inputs;
+                let mut rows = vec![0.0; ROWS.min(n) * row];
+                let mut out = Vec::with_capacity(n);
+                for first in (0..n).step_by(ROWS) {
+                    let rows = &mut rows[..ROWS.min(n - first) * row];
+                    self.read(weight, row, std::iter::once((first, &mut *rows)))?;
+                    let width = |row: &[f32]| {
+                        let terms = row.chunks_exact(taps).zip(&x);
+                        terms.map(|(w, x)| energy(w) * *x as f32 * *x as f32).sum::<f32>().sqrt()
+                    };
+                    out.extend(rows.chunks_exact(row).map(|row| f64::from(width(row))));
                 }
                 let bias = bias.map_or(Ok(vec![0.0; n]), |b| self.vector(b))?;
                 let each = |i: usize| (out[i], f64::from(bias[i]));
@@ -157,14 +164,16 @@ impl Look<'_> {
             unreachable!("norms and biases are vectors")
         };
         let mut out = vec![0.0; len];
-        self.read(weight, out.chunks_exact_mut(1).enumerate())?;
+        self.read(weight, 1, std::iter::once((0, out.as_mut_slice())))?;
         Ok(out)
     }
 
-    /// Reads rows of a tensor, in the order of the checkpoint.
+    /// Reads rows of `row` numbers of a tensor, in the order of the checkpoint: for each pair as many as there is room for, from the
+    /// first one named.
     fn read<'b>(
         &self,
         weight: usize,
+        row: usize,
         rows: impl Iterator<Item = (usize, &'b mut [f32])>,
     ) -> Result<(), Error> {
         let mut spec = self.specs[weight].clone();
@@ -175,8 +184,8 @@ impl Look<'_> {
         let job = Job::new(spec, Encoding::F32, view);
         let from = Rows::new(self.sources, &job)?;
         let mut raw = vec![];
-        for (i, out) in rows {
-            from.gather(i..i + 1, out, &mut raw)?;
+        for (first, out) in rows {
+            from.gather(first..first + out.len() / row, out, &mut raw)?;
             out.iter_mut().filter(|x| !x.is_finite()).for_each(|x| *x = 0.0);
         }
         Ok(())
@@ -202,26 +211,42 @@ fn best(samples: &[Sample], scale: &[f64]) -> Option<Vec<f32>> {
 }
 
 /// The sum of the squares.
-fn energy(x: &[f32]) -> f64 {
-    x.iter().map(|&x| f64::from(x).powi(2)).sum()
+fn energy(x: &[f32]) -> f32 {
+    let (chunks, rest) = x.as_chunks::<16>();
+    let mut lanes = [0.0f32; 16];
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(sum, x)| *sum += x * x);
+    }
+    lanes.iter().sum::<f32>() + rest.iter().map(|x| x * x).sum::<f32>()
 }
 
-/// The root mean square of `activation(g * z + b)` for normally distributed `z`.
+/// The root mean square of `activation(g * z + b)` for normally distributed `z`, about.
 fn spread(activation: Activation, g: f64, b: f64) -> f64 {
-    let points = (-8..=8).map(|i| f64::from(i) / 2.0);
-    let weighted = points.map(|z| {
-        let weight = (-z * z / 2.0).exp();
-        (weight, weight * math::activation(activation, g * z + b).powi(2))
-    });
-    let (weights, sum) = weighted.fold((0.0, 0.0), |(w, s), (weight, square)| (w + weight, s + square));
-    (sum / weights).sqrt()
+    /// Where `z` is looked at, and how often it is there.
+    const POINTS: [(f64, f64); 7] = [
+        (-3.0, 0.0044),
+        (-2.0, 0.0540),
+        (-1.0, 0.2420),
+        (0.0, 0.3989),
+        (1.0, 0.2420),
+        (2.0, 0.0540),
+        (3.0, 0.0044),
+    ];
+    let slope = match activation {
+        Activation::None => return g.hypot(b),
+        Activation::Silu => 1.0,
+        // All kinds of GELU are about the same.
+        _ => 1.702,
+    };
+    let square = |x: f64| (x / (1.0 + (-slope * x).exp())).powi(2);
+    POINTS.iter().map(|(z, weight)| weight * square(g * z + b)).sum::<f64>().sqrt()
 }
 
 /// For each input, the root mean square of its weights relative to those of the same outputs: the widest of all matrices.
 fn widths(samples: &[Sample]) -> Vec<f64> {
     let mut widths = vec![];
     for sample in samples {
-        let mut sums = vec![0.0; sample.k];
+        let mut sums = vec![0.0f32; sample.k];
         for row in sample.rows() {
             let total = energy(row);
             if total > 0.0 {
@@ -230,7 +255,7 @@ fn widths(samples: &[Sample]) -> Vec<f64> {
             }
         }
         widths.resize(sums.len(), 0.0f64);
-        widths.iter_mut().zip(&sums).for_each(|(w, s)| *w = w.max(s.sqrt()));
+        widths.iter_mut().zip(&sums).for_each(|(w, s)| *w = w.max(f64::from(s.sqrt())));
     }
     widths
 }
@@ -261,7 +286,7 @@ fn error(samples: &[Sample], scale: &[f64], factors: &[f64]) -> f64 {
             let (mut signal, mut error, mut sizes) = (0.0, 0.0, 0.0);
             let mut group = (0.0f64, 0.0); // widest weight, energy of its inputs
             for (k, weights) in row.chunks_exact(sample.taps).enumerate() {
-                let squares = energy(weights);
+                let squares = f64::from(energy(weights));
                 signal += squares * scale[k].powi(2);
                 sizes += squares / factors[k].powi(2);
                 let widest = f64::from(weights.iter().fold(0.0f32, |m, w| m.max(w.abs()))) / factors[k];
