@@ -60,13 +60,14 @@ impl Policy {
 
     /// How the tensors of a part are stored.
     pub(crate) fn encodings(&self, part: &str, specs: &[WeightSpec]) -> Vec<Encoding> {
-        let last = last_block(specs);
+        let last = last_block(specs, "unet.up_blocks.");
         let encoding = |spec: &WeightSpec| match spec.kind {
             WeightKind::Vector { .. } => Encoding::F32,
             WeightKind::Table { .. } => Encoding::F16,
             WeightKind::Matrix { .. } => {
                 let kept = self.keep.iter().rev().find(|(glob, _)| matches(glob, &spec.name));
-                kept.map_or_else(|| default(self.quant, part, spec, &last), |(_, encoding)| *encoding)
+                let default = || default(self.quant, part, spec, &last, finest(spec, specs));
+                kept.map_or_else(default, |(_, encoding)| *encoding)
             }
         };
         specs.iter().map(encoding).collect()
@@ -96,10 +97,11 @@ impl Policy {
 /// The default. In 16 bits stay layers that are small, and those that read what no norm has leveled out: a few wide
 /// channels there leave 8-bit rows no room for the others (16-bit weights meet 16-bit activations). Of 4 bits only the
 /// UNet's large matrices are made, and none in its last block: few weights at the finest resolution, whose errors nothing
-/// behind them makes smaller. `docs/quantization.md` has the measurements.
-fn default(quant: Quant, part: &str, spec: &WeightSpec, last_block: &str) -> Encoding {
+/// behind them makes smaller. The VAE has 8 bits only at full resolution: its errors show, and its weights are few. `docs/quantization.md` has the measurements.
+fn default(quant: Quant, part: &str, spec: &WeightSpec, last_block: &str, finest: bool) -> Encoding {
     match (quant, spec.role) {
         (Quant::F16, _) => Encoding::F16,
+        _ if spec.name.starts_with("vae.") && !finest => Encoding::F16,
         (_, Role::ConvIn | Role::ConvOut | Role::QuantConv | Role::Pooled) => Encoding::F16,
         (Quant::Q8, Role::Embedding) => Encoding::F16,
         (Quant::Q8, Role::Shortcut) if part == "unet" => Encoding::F16,
@@ -111,11 +113,17 @@ fn default(quant: Quant, part: &str, spec: &WeightSpec, last_block: &str) -> Enc
     }
 }
 
-/// What the names of weights in the UNet's last block begin with.
-fn last_block(specs: &[WeightSpec]) -> String {
-    const BLOCKS: &str = "unet.up_blocks.";
-    let number = |spec: &WeightSpec| spec.name.strip_prefix(BLOCKS)?.split('.').next()?.parse::<usize>().ok();
-    format!("{BLOCKS}{}.", specs.iter().filter_map(number).max().unwrap_or(0))
+/// What the names of weights in the last of the blocks begin with whose names begin with `blocks`.
+fn last_block(specs: &[WeightSpec], blocks: &str) -> String {
+    let number = |spec: &WeightSpec| spec.name.strip_prefix(blocks)?.split('.').next()?.parse::<usize>().ok();
+    format!("{blocks}{}.", specs.iter().filter_map(number).max().unwrap_or(0))
+}
+
+/// Whether a weight belongs to the VAE's residual blocks at full resolution (shortcuts aside).
+fn finest(spec: &WeightSpec, specs: &[WeightSpec]) -> bool {
+    let decoder = last_block(specs, "vae.decoder.up_blocks.") + "resnets.";
+    let blocks = ["vae.encoder.down_blocks.0.resnets.", &decoder];
+    spec.role != Role::Shortcut && blocks.iter().any(|block| spec.name.starts_with(block))
 }
 
 /// How a conversion with `quant` stores `wanted`, the weights of one part, where their numbers need no factors.
@@ -180,10 +188,40 @@ mod tests {
     }
 
     #[test]
+    fn the_vae_is_quantized_at_full_resolution() {
+        let kind = WeightKind::Matrix { n: 64, kh: 3, kw: 3, k: 64, order: Default::default() };
+        let spec = |name: &str| {
+            let role = if name.contains("shortcut") { Role::Shortcut } else { Role::Conv };
+            WeightSpec { name: format!("vae.{name}.weight"), kind, role }
+        };
+        let (short, fine) = (Encoding::F16, Encoding::Q8);
+        let wanted = [
+            ("decoder.mid_block.resnets.0.conv1", short),
+            ("decoder.up_blocks.1.resnets.2.conv1", short),
+            ("decoder.up_blocks.2.resnets.1.conv1", short),
+            ("decoder.up_blocks.2.upsamplers.0.conv", short),
+            ("decoder.up_blocks.3.resnets.0.conv1", fine),
+            ("decoder.up_blocks.3.resnets.0.conv_shortcut", short),
+            ("encoder.mid_block.resnets.0.conv1", short),
+            ("encoder.down_blocks.0.resnets.1.conv2", fine),
+            ("encoder.down_blocks.0.downsamplers.0.conv", short),
+        ];
+        for quant in [Quant::Q8, Quant::Q4] {
+            let specs = wanted.map(|(name, _)| spec(name));
+            let got = Policy::new(quant, &[]).unwrap().encodings("vae_decoder", &specs);
+            assert_eq!(got, wanted.map(|(_, encoding)| encoding));
+        }
+    }
+
+    #[test]
     fn rules() {
         let kind = WeightKind::Matrix { n: 1, kh: 1, kw: 1, k: 1, order: Default::default() };
-        let spec = WeightSpec { name: "vae.decoder.x.weight".into(), kind, role: Role::Conv };
-        let rules = ["vae.*=f16".to_owned(), "*.x.weight=bf16".to_owned()];
+        let spec = WeightSpec {
+            name: "vae.encoder.down_blocks.0.resnets.0.conv1.weight".into(),
+            kind,
+            role: Role::Conv,
+        };
+        let rules = ["vae.*=f16".to_owned(), "*.conv1.weight=bf16".to_owned()];
         let encoding = |rules: &[String]| {
             Policy::new(Quant::Q8, rules).unwrap().encodings("vae_decoder", std::slice::from_ref(&spec))
         };
