@@ -94,9 +94,7 @@ fn plant(tensors: &mut Tensors, network: &Network, plant: Plant) -> usize {
                         widen(tensors, name(w), 0, 1.0 / factor, chosen);
                     }
                 }
-                Origin::Matrix { weight, bias, activation }
-                    if matches!(activation, Activation::None | Activation::Geglu) =>
-                {
+                Origin::Matrix { weight, bias, activation: Activation::None | Activation::Geglu } => {
                     for w in [Some(weight), bias].into_iter().flatten() {
                         widen(tensors, name(w), 0, 1.0 / factor, |c| c < k && chosen(c));
                     }
