@@ -4,7 +4,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use half::bf16;
 use kernels::gemm::Activation;
 use kernels::par::Shared;
-use kernels::pass::{Norm, Source, group_stats, operand_pass, stats_len, sums_len};
+use kernels::pass::{Norm, Recipe, Source, group_stats, operand_pass, stats_len, sums_len};
 use kernels::view::{Border, ImageShape, OperandMut, Rows};
 use kernels::{Isa, Workers};
 use sdfast_benches::{noise, threads};
@@ -22,6 +22,7 @@ fn passes(c: &mut Criterion) {
         let wide = noise(n);
         let narrow: Vec<bf16> = wide.iter().map(|&x| bf16::from_f32(x)).collect();
         let (gamma, beta) = (vec![1.1f32; channels], vec![0.1f32; channels]);
+        let factors = vec![2f32; channels];
         let mut stats = vec![0f32; batch * stats_len(GROUPS, channels)];
         let mut codes = vec![0u8; image.operand_rows() * stride];
         let mut scale = vec![0f32; image.operand_rows()];
@@ -48,24 +49,23 @@ fn passes(c: &mut Criterion) {
             group.bench_function(BenchmarkId::new("group_stats", ty), |b| {
                 b.iter(|| group_stats(&workers, isa, source, image, GROUPS, 1e-5, &mut sums, &mut stats));
             });
-            let norms = [
-                (
-                    "group_norm_silu_u8",
-                    Norm::Group { stats: &stats, groups: GROUPS, gamma: &gamma, beta: &beta },
-                ),
-                ("layer_norm_u8", Norm::Layer { gamma: &gamma, beta: &beta, eps: 1e-5 }),
-                ("u8", Norm::None),
+            let group_norm = Norm::Group { stats: &stats, groups: GROUPS, gamma: &gamma, beta: &beta };
+            let layer_norm = Norm::Layer { gamma: &gamma, beta: &beta, eps: 1e-5 };
+            let silu = Recipe::new(group_norm, Activation::Silu);
+            let layer = Recipe::new(layer_norm, Activation::None);
+            let recipes = [
+                ("group_norm_silu_u8", silu),
+                ("group_norm_silu_factors_u8", Recipe { factors: Some(&factors), ..silu }),
+                ("layer_norm_u8", layer),
+                ("layer_norm_factors_u8", Recipe { factors: Some(&factors), ..layer }),
+                ("u8", Recipe::new(Norm::None, Activation::None)),
             ];
             group.throughput(Throughput::Bytes(((bytes + 1) * n) as u64));
-            for (name, norm) in norms {
-                let activation = match norm {
-                    Norm::Group { .. } => Activation::Silu,
-                    _ => Activation::None,
-                };
+            for (name, recipe) in recipes {
                 group.bench_function(BenchmarkId::new(name, ty), |b| {
                     b.iter(|| {
                         let out = OperandMut::U8 { codes: &mut codes, scale: &mut scale };
-                        operand_pass(&workers, isa, source, image, norm, activation, out, stride);
+                        operand_pass(&workers, isa, source, image, recipe, out, stride);
                     });
                 });
             }

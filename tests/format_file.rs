@@ -7,7 +7,7 @@ use engine::card::{
     TimestepSpacing, UnetConfig, VaeConfig,
 };
 use engine::format::{Error, Layout, ModelFile, Tokenizer, Writer, xxh64};
-use engine::graph::weight::{OutputOrder, Role, WeightKind, WeightSpec};
+use engine::graph::weight::{OutputOrder, Role, Stored, WeightKind, WeightSpec};
 use kernels::layout::Encoding;
 
 fn card() -> Card {
@@ -74,9 +74,14 @@ fn card() -> Card {
     }
 }
 
-fn parts() -> Vec<(&'static str, Vec<(WeightSpec, Encoding)>)> {
+fn parts() -> Vec<(&'static str, Vec<(WeightSpec, Stored)>)> {
     let matrix = |n, kh, kw, k, order| WeightKind::Matrix { n, kh, kw, k, order };
-    let spec = |name: &str, kind, role, encoding| (WeightSpec { name: name.into(), kind, role }, encoding);
+    let spec = |name: &str, kind, role, encoding: Encoding| {
+        (WeightSpec { name: name.into(), kind, role }, Stored::from(encoding))
+    };
+    let factors = |(spec, stored), name: &str| (spec, Stored { factors: Some(name.into()), ..stored });
+    let vector =
+        |name: &str, len, order| spec(name, WeightKind::Vector { len, order }, Role::Vector, Encoding::F32);
     let plain = OutputOrder::Plain;
     vec![
         (
@@ -94,28 +99,28 @@ fn parts() -> Vec<(&'static str, Vec<(WeightSpec, Encoding)>)> {
         (
             "unet",
             vec![
-                spec("unet.conv", matrix(17, 3, 1, 65, plain), Role::Conv, Encoding::Q4),
-                spec(
-                    "unet.conv.bias",
-                    WeightKind::Vector { len: 17, order: plain },
-                    Role::Vector,
-                    Encoding::F32,
+                vector("unet.conv.factors", 65, plain),
+                factors(
+                    spec("unet.conv", matrix(17, 3, 1, 65, plain), Role::Conv, Encoding::Q4),
+                    "unet.conv.factors",
                 ),
+                vector("unet.conv.bias", 17, plain),
                 spec("unet.ff", matrix(24, 1, 1, 8, OutputOrder::Geglu), Role::MlpIn, Encoding::Bf16),
-                spec(
-                    "unet.ff.bias",
-                    WeightKind::Vector { len: 24, order: OutputOrder::Geglu },
-                    Role::Vector,
-                    Encoding::F32,
-                ),
+                vector("unet.ff.bias", 24, OutputOrder::Geglu),
             ],
         ),
         ("vae_decoder", vec![spec("vae.out", matrix(3, 1, 1, 4, plain), Role::ConvOut, Encoding::F32)]),
     ]
 }
 
+/// Place of the factors.
+const FACTORS: usize = 2;
+
 /// What tensor `i` holds in these tests.
 fn contents(i: usize, len: usize) -> Vec<u8> {
+    if i == FACTORS {
+        return (0..len / 4).flat_map(|at| (0.5 + at as f32).to_le_bytes()).collect();
+    }
     (0..len).map(|b| (b * 31 + i * 7 + (b >> 8)) as u8).collect()
 }
 
@@ -152,8 +157,10 @@ fn round_trip() {
     assert_eq!(names, ["text_encoder", "unet", "vae_decoder"]);
     let specs: Vec<_> = parts().into_iter().flat_map(|(_, specs)| specs).collect();
     assert_eq!(model.tensors().len(), specs.len());
-    for (i, (tensor, (spec, encoding))) in model.tensors().iter().zip(&specs).enumerate() {
-        assert_eq!((&tensor.name, tensor.kind, tensor.encoding), (&spec.name, spec.kind, *encoding));
+    for (i, (tensor, (spec, stored))) in model.tensors().iter().zip(&specs).enumerate() {
+        let factors = stored.factors.as_ref().map(|_| FACTORS);
+        assert_eq!((&tensor.name, tensor.kind, tensor.factors), (&spec.name, spec.kind, factors));
+        assert_eq!(Some(tensor.encoding), stored.encoding);
         assert_eq!(model.tensor(&spec.name), Some(tensor));
         let bytes = model.bytes(tensor);
         assert!(bytes.as_ptr().addr().is_multiple_of(64));
@@ -165,6 +172,8 @@ fn round_trip() {
             assert_eq!(model.weight(tensor).unwrap().shape, tensor.kind.shape().unwrap());
         }
     }
+    let factors = model.factors(model.tensor("unet.conv").unwrap()).unwrap();
+    assert_eq!((factors.len(), factors[64]), (65, 64.5));
     assert_eq!(model.tensor("unet.ff.bias").unwrap().len, 32 * 4, "a gated bias is as long as its matrix");
     assert!(model.parts().iter().all(|p| p.offset % 4096 == 0));
 }
@@ -189,7 +198,7 @@ fn no_room_is_said_before_anything_is_written() {
     let kind = WeightKind::Matrix { n: dim, kh: 16, kw: 16, k: dim, order: OutputOrder::Plain };
     let spec = WeightSpec { name: "unet.huge".into(), kind, role: Role::Conv };
     let tokenizer = Tokenizer { vocab: b"{}", merges: b"" };
-    let layout = Layout::new(&card(), tokenizer, &[("unet", vec![(spec, Encoding::F32)])]).unwrap();
+    let layout = Layout::new(&card(), tokenizer, &[("unet", vec![(spec, Encoding::F32.into())])]).unwrap();
     assert!(layout.file_bytes() > 1 << 50);
     let error = Writer::create(&path, layout).unwrap_err();
     assert!(matches!(error, Error::NoSpace { .. }), "{error}");
@@ -204,8 +213,15 @@ fn layouts_that_cannot_be() {
     twice[1].1.push(again);
     assert!(Layout::new(&card(), tokenizer, &twice).is_err());
     let mut wrong = parts();
-    wrong[1].1[1].1 = Encoding::F16; // a bias
+    wrong[1].1[2].1 = Encoding::F16.into(); // a bias
     assert!(Layout::new(&card(), tokenizer, &wrong).is_err());
+    for (tensor, factors) in
+        [(1, "unet.none"), (1, "unet.conv.bias"), (3, "unet.conv.factors"), (1, "unet.ff")]
+    {
+        let mut wrong = parts();
+        wrong[1].1[tensor].1.factors = Some(factors.into());
+        assert!(Layout::new(&card(), tokenizer, &wrong).is_err(), "{factors} for tensor {tensor}");
+    }
     let mut broken = card();
     broken.unet.block_out_channels[1] = 33;
     assert!(Layout::new(&broken, tokenizer, &parts()).is_err());
@@ -239,7 +255,7 @@ fn open(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let model = ModelFile::open(path)?;
     for tensor in model.tensors() {
         assert_eq!(model.bytes(tensor).len() as u64, tensor.len);
-        let _ = model.weight(tensor);
+        let _ = (model.weight(tensor), model.factors(tensor));
     }
     model.verify()
 }
@@ -281,6 +297,23 @@ fn every_mutation_is_found() {
         let mut bytes = whole.clone();
         bytes[at] ^= 0x10;
         assert!(open(&changed, &bytes).is_err(), "byte {at}");
+    }
+}
+
+#[test]
+fn factors_are_positive_and_bounded() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.sdq");
+    write(&path);
+    let whole = std::fs::read(&path).unwrap();
+    let range = ModelFile::open(&path).unwrap().tensors()[FACTORS].range();
+    let changed = folder.path().join("changed.sdq");
+    for bad in [0.0, -1.0, f32::NAN, f32::INFINITY, 3e7, 3e-8] {
+        for at in [range.start, range.end - 4] {
+            let mut bytes = whole.clone();
+            bytes[at..at + 4].copy_from_slice(&f32::to_le_bytes(bad));
+            assert!(matches!(open(&changed, &bytes), Err(Error::Damaged { .. })), "{bad}");
+        }
     }
 }
 

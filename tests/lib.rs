@@ -2,8 +2,6 @@
 #![forbid(unsafe_code)]
 
 pub mod families;
-pub mod numpy;
-pub mod score;
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -14,6 +12,7 @@ use engine::format::ModelFile;
 use engine::pipeline::{Pipeline, Settings};
 use engine::precision::Precision;
 use safetensors::{Dtype, SafeTensors};
+pub use sdfast::compare::measure::{median, psnr, relative_error};
 
 /// The folder `models/demo`.
 pub fn demo() -> PathBuf {
@@ -122,17 +121,6 @@ pub fn report(line: &str) {
     writeln!(past_the_harness, "{line}").unwrap();
 }
 
-/// `|got - want| / |want|` in the Euclidean norm.
-pub fn relative_error(got: &[f32], want: &[f32]) -> f64 {
-    assert_eq!(got.len(), want.len());
-    let (mut error, mut norm) = (0f64, 0f64);
-    for (&g, &w) in got.iter().zip(want) {
-        error += (g as f64 - w as f64).powi(2);
-        norm += (w as f64).powi(2);
-    }
-    (error / norm).sqrt()
-}
-
 /// The largest `|got - want|`.
 pub fn max_error(got: &[f32], want: &[f32]) -> f64 {
     assert_eq!(got.len(), want.len());
@@ -146,30 +134,13 @@ pub fn cosine(a: &[f32], b: &[f32]) -> f64 {
     dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
 }
 
-/// Peak signal-to-noise ratio of 8-bit pictures in dB.
-pub fn psnr(got: &[u8], want: &[u8]) -> f64 {
-    assert_eq!(got.len(), want.len());
-    let squares: f64 = got.iter().zip(want).map(|(&g, &w)| (g as f64 - w as f64).powi(2)).sum();
-    10. * (255f64.powi(2) / (squares / got.len() as f64).max(1e-9)).log10()
-}
-
-/// The middle value, or the mean of the two in the middle.
-pub fn median(values: &[f64]) -> f64 {
-    let mut v = values.to_vec();
-    v.sort_by(f64::total_cmp);
-    (v[(v.len() - 1) / 2] + v[v.len() / 2]) / 2.
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn measures() {
-        assert!((relative_error(&[3., 4.5], &[3., 4.]) - 0.1).abs() < 1e-12);
         assert_eq!(max_error(&[3., 4.5], &[3., 4.]), 0.5);
         assert!((cosine(&[1., 1.], &[1., 0.]) - 0.5f64.sqrt()).abs() < 1e-12);
-        assert!((psnr(&[10, 20], &[11, 19]) - 48.1308).abs() < 1e-4);
-        assert_eq!(median(&[3., 1., 2., 10.]), 2.5);
     }
 }

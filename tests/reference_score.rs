@@ -2,12 +2,10 @@
 #![forbid(unsafe_code)]
 
 use convert::Quant;
-use engine::pipeline::{Control, Latents, Request};
+use engine::pipeline::Control;
 use engine::precision::Precision;
-use image::RgbImage;
-use sdfast_tests::numpy::RandomState;
-use sdfast_tests::score::{Score, prompts};
-use sdfast_tests::{demo, report};
+use sdfast::compare::numpy::RandomState;
+use sdfast_tests::{Golden, demo, max_error, report};
 
 /// Prompts that the f32 pictures of diffusers fail: 77 of 100 pass.
 const FAILED_BY_F32: [usize; 23] =
@@ -17,24 +15,10 @@ const STRIDE: usize = 4;
 
 fn score(quant: Quant, points: usize) {
     let pipeline = sdfast_tests::pipeline(&demo().join("model"), quant, Precision::Fast);
-    let score = Score::open();
     let stride = if std::env::var_os("SDFAST_TEST_FULL").is_some() { 1 } else { STRIDE };
-    let (mut drawn, mut passed, mut f32_passed) = (0, 0, 0);
-    for prompt in prompts().iter().step_by(stride) {
-        let noise = RandomState::new(prompt.seed).standard_normal(4 * 16 * 16);
-        let request = Request {
-            steps: 20,
-            guidance_scale: 4.5,
-            sampler: "ddim".into(),
-            init_latents: Some(Latents { shape: [4, 16, 16], data: noise }),
-            ..Request::new(&prompt.prompt, pipeline.card())
-        };
-        let picture = pipeline.generate(&request, &mut |_| Control::Continue).unwrap();
-        let picture = RgbImage::from_raw(128, 128, picture.rgb8).unwrap();
-        drawn += 1;
-        passed += usize::from(score.passes(&picture, prompt));
-        f32_passed += usize::from(!FAILED_BY_F32.contains(&prompt.id));
-    }
+    let (passed, drawn) = sdfast::compare::score::score(&pipeline, stride, &|| Control::Continue).unwrap();
+    let f32_passed = drawn.iter().filter(|id| !FAILED_BY_F32.contains(id)).count();
+    let (passed, drawn) = (passed.len(), drawn.len());
     report(&format!("prompt score, {} fast: {passed} of {drawn}; f32: {f32_passed}", quant.name()));
     assert!(passed + points >= f32_passed);
 }
@@ -47,4 +31,14 @@ fn q8_scores_within_a_point_of_f32() {
 #[test]
 fn q4_scores_within_two_points_of_f32() {
     score(Quant::Q4, 2);
+}
+
+/// The noise that the score's pictures start from is numpy's.
+#[test]
+fn noise_is_that_of_the_references() {
+    for n in 0..3 {
+        let golden = Golden::open(&demo().join(format!("reference/{n}_ddim.safetensors")));
+        let noise = RandomState::new(golden.number("seed") as u32).standard_normal(4 * 16 * 16);
+        assert!(max_error(&noise, golden.values("noise")) <= 1e-6);
+    }
 }

@@ -178,6 +178,12 @@ pub struct Compare {
     /// List the weights that changed most.
     #[arg(long)]
     pub weights: bool,
+    /// List the layers whose outputs are off most, given exact inputs.
+    #[arg(long)]
+    pub layers: bool,
+    /// Draw every Nth of the hundred prompts that the demo model is scored by, and tell how many pictures show what they say.
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "1", value_parser = clap::value_parser!(u16).range(1..=100))]
+    pub score: Option<u16>,
     /// Threads [default: all processors].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,

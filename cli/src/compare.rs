@@ -4,8 +4,11 @@
 //! what the network saw along the reference's run; latents and pictures are those of each model's own run.
 #![forbid(unsafe_code)]
 
-mod measure;
-mod trajectory;
+mod layers;
+pub mod measure;
+pub mod numpy;
+pub mod score;
+pub mod trajectory;
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -18,7 +21,7 @@ use crate::args::Compare;
 use crate::failure::{Failure, Result};
 use crate::output::Output;
 use crate::progress::{Level, Progress};
-use crate::{model, picture, terminal};
+use crate::{interrupt, model, picture, terminal};
 use measure::{median, psnr, relative_error, ssim, worst};
 use trajectory::Trajectory;
 
@@ -26,6 +29,8 @@ use trajectory::Trajectory;
 const STEPS_SHOWN: usize = 5;
 /// Weights in the table of the largest errors.
 const WEIGHTS_SHOWN: usize = 12;
+/// Layers in the table of the largest errors.
+const LAYERS_SHOWN: usize = 12;
 
 pub(crate) fn run(arguments: &Compare) -> Result<()> {
     let level = Level::from(arguments.voice);
@@ -55,28 +60,38 @@ pub(crate) fn run(arguments: &Compare) -> Result<()> {
     let width = requests[0].width;
     let mut runs = vec![];
     for request in &requests {
-        runs.push(trajectory::run(&reference, request, None)?);
+        runs.push(trajectory::run(&reference, request, &interrupt::control)?);
         progress.at(runs.len() as u64, all, &format!("reference {} of {}", runs.len(), requests.len()));
     }
     let mut columns = vec![runs.iter().map(|run| run.rgb8.clone()).collect::<Vec<_>>()];
     let mut rows = vec![];
+    let mut lists = String::new();
     for (path, precision) in candidates {
         let pipeline = open(path, precision)?;
         let mut row = Row::new(path, &pipeline);
         let mut pictures = vec![];
         for (request, want) in requests.iter().zip(&runs) {
-            let got = trajectory::run(&pipeline, request, Some((want, &mut row.noise)))?;
+            row.noise.extend(trajectory::errors(&pipeline, request, want, 1, &interrupt::control)?);
+            let got = trajectory::run(&pipeline, request, &interrupt::control)?;
             row.add(&got, want, width);
             pictures.push(got.rgb8);
             let done = runs.len() * (rows.len() + 1) + pictures.len();
             progress.at(done as u64, all, &format!("{} {precision}", row.name));
         }
+        if let Some(stride) = arguments.score {
+            row.score = Some(prompt_score(&pipeline, stride.into())?);
+        }
         columns.push(pictures);
         rows.push(row);
+        if arguments.layers {
+            let exact = open(&arguments.models[0], Precision::Exact)?;
+            let errors = layers::errors(exact, pipeline, &requests[0], &runs[0], &interrupt::control)?;
+            lists += &layer_table(rows.last().expect("just pushed"), &errors, path)?;
+        }
     }
     drop(progress);
 
-    let mut text = report(&rows, &requests[0], requests.len());
+    let mut text = report(&rows, &requests[0], requests.len()) + &lists;
     if arguments.weights {
         for path in &arguments.models[1..] {
             text += &weights(reference.file(), &ModelFile::open(path)?, path);
@@ -127,13 +142,15 @@ struct Row {
     latents: Vec<Vec<f64>>,
     psnr: Vec<f64>,
     ssim: Vec<f64>,
+    /// Prompts whose pictures show what they say, and all that were drawn.
+    score: Option<(usize, usize)>,
 }
 
 impl Row {
     fn new(path: &Path, pipeline: &Pipeline) -> Row {
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let precision = pipeline.settings().precision;
-        Row { name, precision, noise: vec![], latents: vec![], psnr: vec![], ssim: vec![] }
+        Row { name, precision, noise: vec![], latents: vec![], psnr: vec![], ssim: vec![], score: None }
     }
 
     fn add(&mut self, got: &Trajectory, want: &Trajectory, width: usize) {
@@ -155,8 +172,10 @@ fn report(rows: &[Row], request: &Request, pictures: usize) -> String {
     );
     text += "| model | precision | noise prediction | worst |";
     shown.iter().for_each(|i| text += &format!(" latents, step {} |", i + 1));
-    text += " PSNR, dB | worst | SSIM | worst |\n|---|---|";
-    text += &"--:|".repeat(6 + shown.len());
+    let scored = rows.iter().any(|row| row.score.is_some());
+    text += " PSNR, dB | worst | SSIM | worst |";
+    text += if scored { " prompts right |\n|---|---|" } else { "\n|---|---|" };
+    text += &"--:|".repeat(6 + shown.len() + usize::from(scored));
     for row in rows {
         let least = |values: &[f64]| values.iter().copied().fold(f64::INFINITY, f64::min);
         let noise = (median(&row.noise), worst(&row.noise));
@@ -168,8 +187,38 @@ fn report(rows: &[Row], request: &Request, pictures: usize) -> String {
         let (psnr, ssim) = (&row.psnr, &row.ssim);
         let _ = write!(text, " {:.1} | {:.1} |", median(psnr), least(psnr));
         let _ = write!(text, " {:.4} | {:.4} |", median(ssim), least(ssim));
+        if let Some((passed, drawn)) = row.score {
+            let _ = write!(text, " {passed} of {drawn} |");
+        }
     }
     text
+}
+
+/// Prompts of the demo model's score that pass, and all that were drawn.
+fn prompt_score(pipeline: &Pipeline, stride: usize) -> Result<(usize, usize)> {
+    if !score::applies_to(pipeline) {
+        return Err(Failure::new("prompts are scored for the demo model only").hint("leave out --score"));
+    }
+    let (passed, drawn) = score::score(pipeline, stride, &interrupt::control)?;
+    Ok((passed.len(), drawn.len()))
+}
+
+/// The products of a model that are off most, given exact inputs.
+fn layer_table(row: &Row, errors: &[(String, f64)], path: &Path) -> Result<String> {
+    let file = ModelFile::open(path)?;
+    let all: Vec<f64> = errors.iter().map(|(_, error)| *error).collect();
+    let mut text = format!(
+        "\n\nLayers of {} at {}, given exact inputs: the median is off by {:.4}. The largest errors:\n\n\
+         | layer | encoding | error |\n|---|---|--:|",
+        row.name,
+        row.precision,
+        median(&all)
+    );
+    for (name, error) in errors.iter().take(LAYERS_SHOWN) {
+        let tensor = file.tensor(&format!("{name}.weight")).expect("a layer has a weight");
+        let _ = write!(text, "\n| {name} | {} | {error:.4} |", tensor.encoding.name());
+    }
+    Ok(text)
 }
 
 /// The matrices of `other` that are furthest from those of `reference`.
@@ -177,8 +226,13 @@ fn weights(reference: &ModelFile, other: &ModelFile, path: &Path) -> String {
     let mut errors = vec![];
     for (tensor, same) in other.tensors().iter().filter_map(|t| Some((t, reference.tensor(&t.name)?))) {
         let Some(shape) = tensor.kind.shape().filter(|_| tensor.kind == same.kind) else { continue };
-        let got = kernels::quantize::decode(tensor.encoding, shape, other.bytes(tensor));
-        let want = kernels::quantize::decode(same.encoding, shape, reference.bytes(same));
+        let [got, want] = [(other, tensor), (reference, same)].map(|(file, tensor)| {
+            let mut numbers = kernels::quantize::decode(tensor.encoding, shape, file.bytes(tensor));
+            if let Some(factors) = file.factors(tensor) {
+                numbers.iter_mut().zip(factors.iter().cycle()).for_each(|(x, f)| *x *= f);
+            }
+            numbers
+        });
         errors.push((relative_error(&got, &want), tensor.encoding, tensor.name.as_str()));
     }
     errors.sort_by(|a, b| b.0.total_cmp(&a.0));

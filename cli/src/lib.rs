@@ -7,7 +7,7 @@ pub mod args;
 mod bench_gemm;
 mod bench_model;
 mod cache;
-mod compare;
+pub mod compare;
 mod convert_checkpoint;
 mod demo;
 mod failure;

@@ -72,12 +72,12 @@ pub(crate) fn run(arguments: &Plan) -> Result<()> {
     let [_, h, w] = request.latents_shape(&card);
     let prompts = if request.guidance_scale == 1.0 { 1 } else { 2 };
     let quant = arguments.quant.into();
-    let encodings = |wanted: &[WeightSpec]| match &file {
-        Some(file) => weights::encodings(file, wanted),
-        None => Ok(convert::encodings(quant, wanted)),
+    let stored = |wanted: &[WeightSpec]| match &file {
+        Some(file) => weights::stored(file, wanted),
+        None => Ok(convert::stored(quant, wanted)),
     };
     let run = Run { h, w, prompts, encodes: false };
-    let plan = budget::plan(&card, &encodings, &settings, run, budget::budget(&settings))?;
+    let plan = budget::plan(&card, &stored, &settings, run, budget::budget(&settings))?;
 
     if let Some(path) = &arguments.svg {
         let neediest = plan.parts.iter().max_by_key(|p| p.arena_bytes()).expect("a run has networks");

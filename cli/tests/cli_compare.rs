@@ -29,14 +29,18 @@ fn calibration_lowers_the_error_that_compare_tells() {
         .refused("there are no prompts in empty.txt");
 
     let models = ["compare", "f16.sdq", "plain.sdq", "fed.sdq", "-o", "out"];
-    let how = ["-p", "a red circle on a blue background", "--steps", "4", "--precision", "high", "--weights"];
-    let ran = sdfast(path, &[&models[..], &how[..]].concat()).done();
+    let how = ["-p", "a red circle on a blue background", "--steps", "4", "--precision", "high"];
+    let more = ["--weights", "--layers", "--score", "50"];
+    let ran = sdfast(path, &[&models[..], &how[..], &more[..]].concat()).done();
     let table = fs::read_to_string(path.join("out/compare.md")).expect("a table");
     assert!(ran.stdout.contains(&table), "{}", ran.stdout);
-    let [f16, plain, fed] = errors(table.split("\n\nWeights").next().expect("a table"))[..] else {
+    let [f16, plain, fed] = errors(table.split("\n\nLayers").next().expect("a table"))[..] else {
         panic!("three rows in {table}")
     };
     assert!(f16 < fed && fed < 0.9 * plain, "{f16} {plain} {fed}");
+    assert!(table.contains(" of 2 |"), "prompts are scored: {table}");
+    assert_eq!(table.matches("\n\nLayers of ").count(), 3, "{table}");
+    assert_eq!(table.matches("\n\nWeights of ").count(), 2, "{table}");
     let sheet = fs::read(path.join("out/sheet.png")).expect("a contact sheet");
     assert_eq!(sheet[16..24], [0, 0, 2, 12, 0, 0, 0, 128], "4 pictures of 128 with gaps of 4, in one row");
 }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use engine::format::ModelFile;
-use engine::graph::Observer;
+use engine::graph::{Observer, Seen};
 use engine::pipeline::{Control, Pipeline, Request, Settings};
 use engine::precision::Precision;
 use kernels::Isa;
@@ -72,9 +72,9 @@ impl Calibration {
         let isa = settings.isa;
         let held = Arc::new(Held::default());
         let seen = Arc::clone(&held);
-        let observer = Observer::new(move |name, operand, stride| {
-            if let Some(moments) = locked(&seen).get_mut(name) {
-                add(moments, isa, operand, stride);
+        let observer = Observer::new(move |product: Seen<'_>| {
+            if let Some(moments) = locked(&seen).get_mut(product.name) {
+                add(moments, isa, product.operand, product.stride);
             }
         });
         let pipeline = Pipeline::new(ModelFile::open(&path)?, settings)?.observed(observer);
@@ -125,7 +125,10 @@ impl Calibration {
 
     /// How rounding errors of a weight are fed back; `None` where its inputs were not seen often enough.
     pub(crate) fn feedback(&self, job: &Job) -> Option<Feedback> {
-        let moments = locked(&self.held).remove(&job.spec.name)?;
+        let mut moments = locked(&self.held).remove(&job.spec.name)?;
+        if let Some(factors) = &job.factors {
+            moments.multiply(factors); // what the weights will meet
+        }
         Feedback::new(self.isa, moments)
     }
 

@@ -7,6 +7,7 @@
 mod calibrate;
 mod dtype;
 mod error;
+mod factors;
 mod family;
 mod inspect;
 mod pack;
@@ -16,19 +17,20 @@ mod source;
 pub mod synthetic;
 mod tokenizer;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use engine::card::{Family, Prediction};
 use engine::format::{Layout, Tokenizer, Writer};
-use engine::graph::weight::WeightSpec;
+use engine::graph::Network;
+use engine::graph::weight::{Stored, WeightSpec};
 
 pub use error::Error;
 pub use inspect::{Inspection, PartInfo, inspect};
-pub use policy::{Quant, encodings};
-pub use report::{Summary, TensorReport, Total};
+pub use policy::{Quant, stored};
+pub use report::{FactorsReport, Summary, TensorReport, Total};
 
 use calibrate::Calibration;
 use family::{Recognized, Sources, Wishes};
@@ -107,31 +109,43 @@ pub fn convert(options: &Options, progress: &(dyn Fn(Progress<'_>) + Sync)) -> R
         quant: options.quant.name(),
     };
     let mut recognized = family::recognize(&sources, &wishes)?;
-    let parts: Vec<(&str, Vec<WeightSpec>)> = engine::models::weights(&recognized.card)
-        .into_iter()
-        .map(|(part, specs)| (part.name(), specs))
-        .collect();
-    policy.check(parts.iter().flat_map(|(_, specs)| specs))?;
-    check_names(&sources, &mut recognized, &parts, options.force)?;
+    let networks = engine::models::networks(&recognized.card);
+    let specs = || networks.iter().flat_map(|(_, network)| network.weights());
+    policy.check(specs())?;
+    check_names(&sources, &mut recognized, specs(), options.force)?;
+    for spec in specs() {
+        let view = &recognized.tensors[&spec.name];
+        pack::check_shape(spec, &view.name, &sources.shape(view))?;
+    }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(options.threads.unwrap_or(0)).build();
+    let pool = pool.map_err(|e| Error::Io {
+        action: "start threads for",
+        path: options.checkpoint.clone(),
+        source: std::io::Error::other(e),
+    })?;
 
-    let parts: Vec<_> = parts
-        .into_iter()
-        .map(|(part, specs)| {
-            let encodings = policy.encodings(part, &specs);
-            (part, specs.into_iter().zip(encodings).collect::<Vec<_>>())
-        })
-        .collect();
+    let mut vectors = HashMap::new();
+    let mut parts = Vec::new();
+    for (part, network) in &networks {
+        let mut stored = policy.stored(part.name(), network.weights());
+        vectors.extend(pool.install(|| factors::choose(&sources, &recognized, network, &mut stored))?);
+        parts.push((part.name(), with_factors(network, &stored)));
+    }
     let tokenizer = tokenizer::choose(sources.model.tokenizer.as_ref());
     let tokenizer = Tokenizer { vocab: &tokenizer.vocab, merges: &tokenizer.merges };
     let layout = Layout::new(&recognized.card, tokenizer, &parts)?;
     let specs = parts.iter().flat_map(|(part, specs)| specs.iter().map(move |s| (*part, s)));
     let mut names = Vec::new();
     let mut jobs = Vec::new();
-    for ((part, (spec, encoding)), tensor) in specs.zip(layout.tensors()) {
+    for (place, ((part, (spec, stored)), tensor)) in specs.zip(layout.tensors()).enumerate() {
+        if vectors.contains_key(&spec.name) {
+            continue;
+        }
         let view = recognized.tensors[&spec.name].clone();
-        pack::check_shape(spec, &view.name, &sources.shape(&view))?;
+        let factors = stored.factors.as_ref().map(|name| vectors[name].clone());
         names.push(part);
-        jobs.push(Job { spec: spec.clone(), encoding: *encoding, view, bytes: tensor.len });
+        let (spec, encoding, bytes) = (spec.clone(), tensor.encoding, tensor.len);
+        jobs.push(Job { place, spec, encoding, view, bytes, factors });
     }
 
     let calibration = options.calibrate.as_deref();
@@ -144,12 +158,12 @@ pub fn convert(options: &Options, progress: &(dyn Fn(Progress<'_>) + Sync)) -> R
         progress,
         calibration: calibration.as_ref(),
     };
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(options.threads.unwrap_or(0)).build();
-    let pool = pool.map_err(|e| Error::Io {
-        action: "start threads for",
-        path: options.checkpoint.clone(),
-        source: std::io::Error::other(e),
-    })?;
+    for (place, tensor) in writer.layout().tensors().iter().enumerate() {
+        if let Some(numbers) = vectors.get(&tensor.name) {
+            let bytes: Vec<u8> = numbers.iter().flat_map(|f| f.to_le_bytes()).collect();
+            writer.write(place, &bytes)?;
+        }
+    }
     let stats = pool.install(|| pack::run(&sources, &jobs, &writer, &settings))?;
     let summary = summarize(&sources, recognized, &names, &jobs, &stats, &settings, &output, &writer);
     if let Some(path) = &options.report {
@@ -160,16 +174,27 @@ pub fn convert(options: &Options, progress: &(dyn Fn(Progress<'_>) + Sync)) -> R
     Ok(summary)
 }
 
+/// The tensors of a part as the file has them, those of factors among them.
+fn with_factors(network: &Network, stored: &[Stored]) -> Vec<(WeightSpec, Stored)> {
+    let by_name: HashMap<&str, &Stored> =
+        network.weights().iter().map(|spec| spec.name.as_str()).zip(stored).collect();
+    let (network, _) = network.stored(stored);
+    let each = network.weights().iter().map(|spec| {
+        (spec.clone(), by_name.get(spec.name.as_str()).map_or_else(Stored::default, |&s| s.clone()))
+    });
+    each.collect()
+}
+
 /// Names what is missing and what has no place; notes what is left out.
-fn check_names(
+fn check_names<'a>(
     sources: &Sources,
     recognized: &mut Recognized,
-    parts: &[(&str, Vec<WeightSpec>)],
+    specs: impl Iterator<Item = &'a WeightSpec> + Clone,
     force: bool,
 ) -> Result<(), Error> {
     let path = sources.model.path.clone();
-    let wanted: HashSet<&str> = parts.iter().flat_map(|(_, specs)| specs).map(|s| s.name.as_str()).collect();
-    let all = parts.iter().flat_map(|(_, specs)| specs).map(|s| &s.name);
+    let wanted: HashSet<&str> = specs.clone().map(|s| s.name.as_str()).collect();
+    let all = specs.map(|s| &s.name);
     let missing: Vec<String> = all.filter(|name| !recognized.tensors.contains_key(*name)).cloned().collect();
     if !missing.is_empty() {
         return Err(Error::Missing { path, names: missing });
@@ -200,6 +225,12 @@ fn check_names(
     Ok(())
 }
 
+/// What the report says of the factors of a matrix.
+fn factors_of(job: &Job, layout: &Layout) -> Option<FactorsReport> {
+    let vector = &layout.tensors()[layout.tensors()[job.place].factors?];
+    Some(FactorsReport::new(vector.name.clone(), job.factors.as_ref()?))
+}
+
 #[allow(clippy::too_many_arguments)]
 fn summarize(
     sources: &Sources,
@@ -226,6 +257,7 @@ fn summarize(
                 from: sources.of(&job.view).tensors[&job.view.name].dtype.name().to_owned(),
                 encoding: job.encoding.name().to_owned(),
                 bytes: job.bytes,
+                factors: factors_of(job, writer.layout()),
                 error: matrix.then(|| (stats.error / stats.energy.max(f64::MIN_POSITIVE)).sqrt()),
                 largest: stats.largest,
             }
@@ -244,7 +276,7 @@ fn summarize(
         notes,
         parts: report::totals(&tensors, |t| &t.part),
         encodings: report::totals(&tensors, |t| &t.encoding),
-        unet_bits_per_weight: report::unet_bits(&tensors),
+        unet_bits_per_weight: report::unet_bits(&tensors, writer.layout()),
         tensors,
     }
 }

@@ -19,6 +19,7 @@ use rayon::prelude::*;
 use crate::Progress;
 use crate::calibrate::Calibration;
 use crate::error::Error;
+use crate::factors::Factors;
 use crate::family::{Sources, Take, View};
 use crate::source::{RawTensor, Source};
 
@@ -30,11 +31,22 @@ const TASK_VALUES: usize = 1 << 16;
 /// A tensor to be made.
 #[derive(Debug)]
 pub(crate) struct Job {
+    /// Place in the output.
+    pub(crate) place: usize,
     pub(crate) spec: WeightSpec,
     pub(crate) encoding: Encoding,
     pub(crate) view: View,
     /// Bytes in the output.
     pub(crate) bytes: u64,
+    /// What weights of each input are divided by.
+    pub(crate) factors: Option<Factors>,
+}
+
+impl Job {
+    /// To be looked at only.
+    pub(crate) fn new(spec: WeightSpec, encoding: Encoding, view: View) -> Job {
+        Job { place: 0, spec, encoding, view, bytes: 0, factors: None }
+    }
 }
 
 /// What was found while a tensor was made.
@@ -106,7 +118,7 @@ pub(crate) fn run(
         }
         let (next, made) = if wide_is_next { (&mut wide, &mut narrow) } else { (&mut narrow, &mut wide) };
         let (written, found) =
-            rayon::join(|| made.write(writer), || next.encode(sources, first, batch, settings, &scratch));
+            rayon::join(|| made.write(writer), || next.encode(sources, batch, settings, &scratch));
         written?;
         let found = found?;
         for (job, found) in batch.iter().zip(&found) {
@@ -153,24 +165,23 @@ struct Task<'a> {
 
 /// Tensors that are made and not yet written.
 struct Batch {
-    /// Place of the first one, and the bytes of each.
-    first: usize,
-    lens: Vec<usize>,
+    /// Place and bytes of each.
+    places: Vec<(usize, usize)>,
     bytes: Vec<u8>,
 }
 
 impl Batch {
     fn with_capacity(bytes: u64) -> Batch {
-        Batch { first: 0, lens: Vec::new(), bytes: Vec::with_capacity(bytes as usize) }
+        Batch { places: Vec::new(), bytes: Vec::with_capacity(bytes as usize) }
     }
 
     /// Writes the tensors, and is empty.
     fn write(&mut self, writer: &Writer) -> Result<(), Error> {
         let mut rest = self.bytes.as_slice();
-        let tensors: Vec<&[u8]> =
-            self.lens.iter().map(|&len| rest.split_off(..len).expect("as made")).collect();
-        tensors.par_iter().enumerate().try_for_each(|(i, bytes)| writer.write(self.first + i, bytes))?;
-        self.lens.clear();
+        let of = |&(place, len)| (place, rest.split_off(..len).expect("as made"));
+        let tensors: Vec<(usize, &[u8])> = self.places.iter().map(of).collect();
+        tensors.par_iter().try_for_each(|&(place, bytes)| writer.write(place, bytes))?;
+        self.places.clear();
         Ok(())
     }
 
@@ -178,7 +189,6 @@ impl Batch {
     fn encode(
         &mut self,
         sources: &Sources,
-        first: usize,
         jobs: &[Job],
         settings: &Settings<'_>,
         scratch: &Mutex<Vec<Scratch>>,
@@ -190,12 +200,11 @@ impl Batch {
                 Ok(Rows { feedback, ..Rows::new(sources, job)? })
             })
             .collect::<Result<_, Error>>()?;
-        self.first = first;
-        self.lens = jobs.iter().map(|job| job.bytes as usize).collect();
-        self.bytes.resize(self.lens.iter().sum(), 0);
+        self.places = jobs.iter().map(|job| (job.place, job.bytes as usize)).collect();
+        self.bytes.resize(self.places.iter().map(|(_, len)| len).sum(), 0);
         let mut tasks = Vec::new();
         let mut rest = self.bytes.as_mut_slice();
-        for (i, (rows, &len)) in rows.iter().zip(&self.lens).enumerate() {
+        for (i, (rows, &(_, len))) in rows.iter().zip(&self.places).enumerate() {
             let (step, bytes) = rows.task();
             let buffer = rest.split_off_mut(..len).expect("as long as all tensors");
             for (part, out) in buffer.chunks_mut(bytes).enumerate() {
@@ -232,7 +241,7 @@ struct Scratch {
 }
 
 /// The rows of a tensor, from the checkpoint to the encoder.
-struct Rows<'a> {
+pub(crate) struct Rows<'a> {
     job: &'a Job,
     source: &'a Source,
     tensor: &'a RawTensor,
@@ -252,7 +261,7 @@ struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    fn new(sources: &'a Sources, job: &'a Job) -> Result<Self, Error> {
+    pub(crate) fn new(sources: &'a Sources, job: &'a Job) -> Result<Self, Error> {
         let source = sources.of(&job.view);
         let tensor = &source.tensors[&job.view.name];
         if !tensor.dtype.is_float() {
@@ -310,6 +319,10 @@ impl<'a> Rows<'a> {
             }
             stats.largest = largest(source);
         }
+        if let Some(factors) = &self.job.factors {
+            let inputs = source.chunks_exact_mut(self.taps).zip(factors.iter().cycle());
+            inputs.for_each(|(weights, f)| weights.iter_mut().for_each(|w| *w /= f));
+        }
         let values: &[f32] = if self.taps == 1 {
             source
         } else {
@@ -336,17 +349,21 @@ impl<'a> Rows<'a> {
             }
         }
         if measure {
-            stats.energy = values.iter().map(|v| f64::from(*v).powi(2)).sum();
+            // As the matrix was before it was divided.
+            let factor = |i: usize| self.job.factors.as_ref().map_or(1.0, |f| f[i % f.len()]);
+            let square = |(i, x): (usize, f32)| f64::from(x * factor(i)).powi(2);
+            stats.energy = values.iter().copied().enumerate().map(square).sum();
             if let WeightKind::Matrix { .. } = self.job.spec.kind {
                 let decoded = quantize::decode(self.job.encoding, self.shape(rows.len()), out);
-                stats.error = values.iter().zip(&decoded).map(|(v, d)| f64::from(v - d).powi(2)).sum();
+                let errors = values.iter().zip(&decoded).map(|(v, d)| v - d);
+                stats.error = errors.enumerate().map(square).sum();
             }
         }
         Ok(stats)
     }
 
     /// Copies the stored rows into `out`; rows of padding stay zero.
-    fn gather(&self, rows: Range<usize>, out: &mut [f32], raw: &mut Vec<u8>) -> Result<(), Error> {
+    pub(crate) fn gather(&self, rows: Range<usize>, out: &mut [f32], raw: &mut Vec<u8>) -> Result<(), Error> {
         let mut at = rows.start;
         while at < rows.end {
             let Some(from) = self.order.source(self.count, at) else {

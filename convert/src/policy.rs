@@ -1,7 +1,7 @@
 //! Which weight is kept how: one rule per role, and the rules that a user adds.
 #![forbid(unsafe_code)]
 
-use engine::graph::weight::{Role, WeightKind, WeightSpec};
+use engine::graph::weight::{Role, Stored, WeightKind, WeightSpec};
 use kernels::layout::Encoding;
 use serde::{Deserialize, Serialize};
 
@@ -73,6 +73,14 @@ impl Policy {
         specs.iter().map(encoding).collect()
     }
 
+    /// The same, for matrices without factors.
+    pub(crate) fn stored(&self, part: &str, specs: &[WeightSpec]) -> Vec<Stored> {
+        let matrix = |spec: &WeightSpec| spec.kind.fixed_encoding().is_none();
+        let each = self.encodings(part, specs).into_iter().zip(specs);
+        let stored = |(encoding, spec)| Stored { encoding: matrix(spec).then_some(encoding), factors: None };
+        each.map(stored).collect()
+    }
+
     /// A rule that fits none of these tensors is a mistake.
     pub(crate) fn check<'a>(&self, specs: impl Iterator<Item = &'a WeightSpec> + Clone) -> Result<(), Error> {
         for (glob, encoding) in &self.keep {
@@ -118,14 +126,10 @@ fn finest(spec: &WeightSpec, specs: &[WeightSpec]) -> bool {
     spec.role != Role::Shortcut && blocks.iter().any(|block| spec.name.starts_with(block))
 }
 
-/// The encodings that a conversion with `quant` gives to `wanted`, which are those of one part (`None` for vectors and
-/// tables).
-pub fn encodings(quant: Quant, wanted: &[WeightSpec]) -> Vec<Option<Encoding>> {
+/// How a conversion with `quant` stores `wanted`, the weights of one part, where their numbers need no factors.
+pub fn stored(quant: Quant, wanted: &[WeightSpec]) -> Vec<Stored> {
     let part = wanted.first().and_then(|spec| spec.name.split('.').next()).unwrap_or_default();
-    let policy = Policy { quant, keep: vec![] };
-    let matrix = |spec: &WeightSpec| matches!(spec.kind, WeightKind::Matrix { .. });
-    let each = policy.encodings(part, wanted).into_iter().zip(wanted);
-    each.map(|(encoding, spec)| matrix(spec).then_some(encoding)).collect()
+    Policy { quant, keep: vec![] }.stored(part, wanted)
 }
 
 /// Whether a glob of `*` (any run of characters) and `?` (any one) fits the whole name.

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use engine::card::Card;
+use engine::format::Layout;
 use engine::graph::weight::{Role, WeightKind};
 use serde::Serialize;
 
@@ -67,6 +68,33 @@ pub struct TensorReport {
     pub error: Option<f64>,
     /// Largest magnitude.
     pub largest: f32,
+    /// By what its inputs are multiplied, where a few of them had weights much wider than the rest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub factors: Option<FactorsReport>,
+}
+
+/// The factors of a matrix, which others may share.
+#[derive(Clone, Debug, Serialize)]
+pub struct FactorsReport {
+    /// The vector that holds them.
+    pub name: String,
+    /// Inputs whose factor isn't 1.
+    pub inputs: usize,
+    /// The least.
+    pub least: f32,
+    /// The greatest.
+    pub most: f32,
+}
+
+impl FactorsReport {
+    pub(crate) fn new(name: String, factors: &[f32]) -> FactorsReport {
+        FactorsReport {
+            name,
+            inputs: factors.iter().filter(|&&f| f != 1.0).count(),
+            least: factors.iter().copied().fold(f32::INFINITY, f32::min),
+            most: factors.iter().copied().fold(0.0, f32::max),
+        }
+    }
 }
 
 impl TensorReport {
@@ -104,9 +132,11 @@ pub(crate) fn totals<'a>(
     totals
 }
 
-/// Bits per number of the UNet: matrices with their scales and padding, norms and biases.
-pub(crate) fn unet_bits(tensors: &[TensorReport]) -> f64 {
-    let unet = tensors.iter().filter(|t| t.part == "unet");
-    let (bytes, numbers) = unet.fold((0, 0), |(b, n), t| (b + t.bytes, n + t.parameters()));
+/// Bits per number of the UNet: matrices with their scales, padding and factors, norms and biases.
+pub(crate) fn unet_bits(tensors: &[TensorReport], layout: &Layout) -> f64 {
+    let numbers: u64 = tensors.iter().filter(|t| t.part == "unet").map(TensorReport::parameters).sum();
+    let unet = layout.parts().iter().find(|part| part.name == "unet");
+    let bytes: u64 =
+        unet.map_or(0, |part| layout.tensors()[part.tensors.clone()].iter().map(|t| t.len).sum());
     8.0 * bytes as f64 / (numbers as f64).max(1.0)
 }

@@ -5,11 +5,9 @@
 //! weights that stay, and the largest step's weights where some don't.
 #![forbid(unsafe_code)]
 
-use kernels::layout::Encoding;
-
 use crate::card::Card;
 use crate::error::{Error, Result};
-use crate::graph::weight::WeightSpec;
+use crate::graph::weight::{Stored, WeightSpec};
 use crate::graph::{Network, Options, Plan};
 use crate::models::{Part, UnetInput, clip, unet, vae_decoder, vae_encoder};
 use crate::pipeline::Settings;
@@ -96,8 +94,8 @@ pub struct Run {
     pub encodes: bool,
 }
 
-/// The encodings of the weights that a network wants, `None` for vectors and tables.
-pub type Encodings<'a> = dyn Fn(&[WeightSpec]) -> Result<Vec<Option<Encoding>>> + 'a;
+/// How the weights that a network wants are stored.
+pub type StoredAs<'a> = dyn Fn(&[WeightSpec]) -> Result<Vec<Stored>> + 'a;
 
 /// The budget of `settings`: as given, or what is free on the machine, less a margin.
 pub fn budget(settings: &Settings) -> u64 {
@@ -108,11 +106,10 @@ pub fn budget(settings: &Settings) -> u64 {
     })
 }
 
-/// Plans a run in `budget`. `encodings` gives the encodings of the weights that a network wants, as
-/// [`crate::weights::encodings`] does.
+/// Plans a run in `budget`. `stored` says how the weights that a network wants are stored, as [`crate::weights::stored`] does.
 pub fn plan(
     card: &Card,
-    encodings: &Encodings<'_>,
+    stored: &StoredAs<'_>,
     settings: &Settings,
     run: Run,
     budget: u64,
@@ -144,7 +141,7 @@ pub fn plan(
     let mut whole = vec![];
     for (part, networks) in &parts {
         let (network, banks) = &networks[0];
-        let plan = Plan::new(network, &encodings(network.weights())?, options(*part));
+        let plan = Plan::new(network, &stored(network.weights())?, options(*part));
         whole.push(resident(*part, plan, *banks));
     }
     let weights: u64 = whole.iter().map(|p| p.resident_bytes).sum();
@@ -159,7 +156,7 @@ pub fn plan(
     for (part, networks) in &parts {
         let extra = if matches!(part, Part::TextEncoder(_)) { TOKENIZER_BYTES } else { 0 };
         let room = budget.saturating_sub(held + extra);
-        match fit(*part, networks, encodings, options(*part), room)? {
+        match fit(*part, networks, stored, options(*part), room)? {
             Ok(fitted) => {
                 peak = peak.max(held + extra + fitted.bytes());
                 planned.push(fitted);
@@ -185,7 +182,7 @@ fn resident(part: Part, plan: Plan, banks: usize) -> PartPlan {
 fn fit(
     part: Part,
     networks: &[(Network, usize)],
-    encodings: &Encodings<'_>,
+    stored: &StoredAs<'_>,
     options: Options,
     room: u64,
 ) -> Result<std::result::Result<PartPlan, u64>> {
@@ -197,10 +194,10 @@ fn fit(
             .iter()
             .flat_map(|network| [options, options.small_bands()].map(|options| (network, options)))
         {
-            let encodings = encodings(network.weights())?;
+            let stored = stored(network.weights())?;
             // Steps that make values again read more weights, so a smaller arena may need more.
             let needs = |plan: &Plan| plan.arena_bytes(*banks) as u64 + window(plan, |_| true);
-            match Plan::fitting(network, &encodings, options, room, remake && picture, needs) {
+            match Plan::fitting(network, &stored, options, room, remake && picture, needs) {
                 Ok(plan) => return Ok(Ok(pin(part, plan, *banks, room))),
                 Err(least) => smallest = smallest.min(least),
             }

@@ -4,28 +4,28 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use kernels::layout::Encoding;
-
 use crate::budget::PartPlan;
 use crate::error::{Error, Result};
 use crate::format::ModelFile;
-use crate::graph::weight::{WeightKind, WeightSpec};
+use crate::graph::weight::{Stored, WeightKind, WeightSpec};
 
-/// The encoding in `file` of each of `wanted` (`None` for vectors and tables), after checking that the file has them all in
-/// the shapes wanted.
-pub fn encodings(file: &ModelFile, wanted: &[WeightSpec]) -> Result<Vec<Option<Encoding>>> {
+/// How `file` stores each of `wanted`, after checking that it has them all in the shapes wanted.
+pub fn stored(file: &ModelFile, wanted: &[WeightSpec]) -> Result<Vec<Stored>> {
     let each = wanted.iter().map(|spec| {
         let tensor =
             file.tensor(&spec.name).ok_or_else(|| Error::TensorMissing { name: spec.name.clone() })?;
         if tensor.kind != spec.kind {
             return Err(Error::TensorShape { name: spec.name.clone() });
         }
-        Ok(matches!(spec.kind, WeightKind::Matrix { .. }).then_some(tensor.encoding))
+        Ok(Stored {
+            encoding: matches!(spec.kind, WeightKind::Matrix { .. }).then_some(tensor.encoding),
+            factors: tensor.factors.map(|i| file.tensors()[i].name.clone()),
+        })
     });
     each.collect()
 }
 
-/// The bytes of each of `wanted`, which [`encodings`] has checked.
+/// The bytes of each of `wanted`, which are the weights of a plan for what [`stored`] has said.
 pub fn bytes<'a>(file: &'a ModelFile, wanted: &[WeightSpec]) -> Vec<&'a [u8]> {
     let find =
         |spec: &WeightSpec| file.tensor(&spec.name).expect("a plan is made for tensors that are there");

@@ -66,35 +66,51 @@ pub enum Norm<'a> {
     },
 }
 
+/// What a pass makes of each row `x`: `activation(norm(x)) * factors`.
+#[derive(Clone, Copy, Debug)]
+pub struct Recipe<'a> {
+    /// First.
+    pub norm: Norm<'a>,
+    /// Then.
+    pub activation: Activation,
+    /// `[c]`, greater than 0: the numbers by which the columns of the weight that is to meet the rows were divided.
+    pub factors: Option<&'a [f32]>,
+}
+
+impl<'a> Recipe<'a> {
+    /// Without factors.
+    pub const fn new(norm: Norm<'a>, activation: Activation) -> Self {
+        Recipe { norm, activation, factors: None }
+    }
+}
+
 /// The most columns a pass takes: it keeps a few rows of f32 in a worker's scratch memory.
 pub const MAX_COLUMNS: usize = SCRATCH_BYTES / 4 / rows::SCRATCH_ROWS;
 
 /// Elements that one task of a pass handles, about: enough to hide the cost of starting it.
 const TASK_ELEMENTS: usize = 32 * 1024;
 
-/// Writes `activation(norm(source))` as the operand rows of a GEMM, `stride` elements each, with the border of `image`
+/// Writes what `recipe` makes of `source` as the operand rows of a GEMM, `stride` elements each, with the border of `image`
 /// and the slack of each row zero. `U8` rows get a scale each, the row's largest magnitude / 127; `U8Uniform` rows have the
 /// coding of their image.
 ///
 /// # Panics
 /// Where shapes don't agree, or for [`Activation::Geglu`].
-#[expect(clippy::too_many_arguments)]
 pub fn operand_pass(
     workers: &Workers,
     isa: Isa,
     source: Source<'_>,
     image: ImageShape,
-    norm: Norm<'_>,
-    activation: Activation,
+    recipe: Recipe<'_>,
     out: OperandMut<'_>,
     stride: usize,
 ) {
     assert!(stride.is_multiple_of(64), "operand rows of {stride} elements");
-    let walk = Walk { source, image, norm, activation, stride };
+    let walk = Walk { source, image, recipe, stride };
     walk.run(workers, isa, out);
 }
 
-/// Writes `activation(norm(source))` as plain rows `[pixels, columns]`.
+/// Writes what `recipe` makes of `source` as plain rows `[pixels, columns]`.
 ///
 /// # Panics
 /// Where shapes don't agree, or for [`Activation::Geglu`].
@@ -103,12 +119,11 @@ pub fn rows_pass(
     isa: Isa,
     source: Source<'_>,
     image: ImageShape,
-    norm: Norm<'_>,
-    activation: Activation,
+    recipe: Recipe<'_>,
     out: RowsMut<'_>,
 ) {
     let image = ImageShape { border: Default::default(), ..image };
-    let walk = Walk { source, image, norm, activation, stride: source.columns() };
+    let walk = Walk { source, image, recipe, stride: source.columns() };
     walk.run(
         workers,
         isa,
@@ -144,8 +159,7 @@ impl<'a> Source<'a> {
 struct Walk<'a> {
     source: Source<'a>,
     image: ImageShape,
-    norm: Norm<'a>,
-    activation: Activation,
+    recipe: Recipe<'a>,
     /// Elements from one output row to the next.
     stride: usize,
 }
@@ -155,8 +169,12 @@ impl Walk<'_> {
         let (image, columns, rows) = (self.image, self.source.columns(), self.image.operand_rows());
         self.source.check(image.pixels());
         assert!(columns <= self.stride, "{columns} columns in rows of {}", self.stride);
-        assert!(self.activation != Activation::Geglu, "GEGLU joins columns: only in an epilogue");
-        match self.norm {
+        let Recipe { norm, activation, factors } = self.recipe;
+        assert!(activation != Activation::Geglu, "GEGLU joins columns: only in an epilogue");
+        if let Some(factors) = factors {
+            assert_eq!(factors.len(), columns, "factors of {columns} channels");
+        }
+        match norm {
             Norm::None => {}
             Norm::Group { stats, groups, gamma, beta } => {
                 assert!(

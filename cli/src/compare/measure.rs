@@ -2,7 +2,10 @@
 #![forbid(unsafe_code)]
 
 /// `|got - want| / |want|` in the Euclidean norm.
-pub(super) fn relative_error(got: &[f32], want: &[f32]) -> f64 {
+///
+/// # Panics
+/// Where they differ in length.
+pub fn relative_error(got: &[f32], want: &[f32]) -> f64 {
     assert_eq!(got.len(), want.len(), "results of one shape");
     let square = |x: f32| f64::from(x).powi(2);
     let error: f64 = got.iter().zip(want).map(|(&g, &w)| square(g - w)).sum();
@@ -10,7 +13,7 @@ pub(super) fn relative_error(got: &[f32], want: &[f32]) -> f64 {
 }
 
 /// The middle value, or the mean of the two in the middle.
-pub(super) fn median(values: &[f64]) -> f64 {
+pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     match sorted.len() {
@@ -20,7 +23,7 @@ pub(super) fn median(values: &[f64]) -> f64 {
 }
 
 /// The largest value.
-pub(super) fn worst(values: &[f64]) -> f64 {
+pub fn worst(values: &[f64]) -> f64 {
     values.iter().copied().fold(0.0, f64::max)
 }
 
@@ -28,7 +31,10 @@ pub(super) fn worst(values: &[f64]) -> f64 {
 const MAX_PSNR: f64 = 99.0;
 
 /// Peak signal-to-noise ratio of 8-bit pictures in dB.
-pub(super) fn psnr(got: &[u8], want: &[u8]) -> f64 {
+///
+/// # Panics
+/// Where they differ in size.
+pub fn psnr(got: &[u8], want: &[u8]) -> f64 {
     assert_eq!(got.len(), want.len(), "pictures of one size");
     let squares: f64 = got.iter().zip(want).map(|(&g, &w)| (f64::from(g) - f64::from(w)).powi(2)).sum();
     let mean = squares / got.len() as f64;
@@ -41,7 +47,7 @@ const STRIDE: usize = 4;
 
 /// Structural similarity (Wang et al. 2004) of the luma of pictures `[h, width, 3]`, the mean over square windows; 1 where
 /// they are equal.
-pub(super) fn ssim(got: &[u8], want: &[u8], width: usize) -> f64 {
+pub fn ssim(got: &[u8], want: &[u8], width: usize) -> f64 {
     assert_eq!(got.len(), want.len(), "pictures of one size");
     let luma = |p: &[u8]| -> Vec<f64> {
         let weighted = |p: &[u8]| 0.299 * f64::from(p[0]) + 0.587 * f64::from(p[1]) + 0.114 * f64::from(p[2]);

@@ -1,51 +1,44 @@
 //! Runs of the denoiser that can be laid side by side.
 #![forbid(unsafe_code)]
 
-use engine::pipeline::{Denoiser, Latents, Pipeline, Request};
+use engine::budget::MemoryPlan;
+use engine::error::Result;
+use engine::pipeline::{Conditioning, Control, Denoiser, Latents, Pipeline, Request};
 use engine::rng::Rng;
 use engine::sampler::{self, Run};
 use engine::schedule::{Schedule, Spread};
 
 use super::measure::relative_error;
-use crate::failure::Result;
-use crate::interrupt;
 
 /// A picture and how it came about.
-pub(super) struct Trajectory {
+#[derive(Debug)]
+pub struct Trajectory {
     /// What the network saw at each evaluation, `[c, h, w]`.
-    inputs: Vec<Vec<f32>>,
+    pub inputs: Vec<Vec<f32>>,
+    /// The timestep of each evaluation.
+    pub timesteps: Vec<f32>,
     /// What it predicted, for each conditioning.
-    noises: Vec<Vec<Vec<f32>>>,
+    pub noises: Vec<Vec<Vec<f32>>>,
     /// The latents after each evaluation.
-    pub(super) latents: Vec<Vec<f32>>,
+    pub latents: Vec<Vec<f32>>,
     /// `[h, w, 3]`
-    pub(super) rgb8: Vec<u8>,
+    pub rgb8: Vec<u8>,
 }
 
-/// Errors of the noise predictions for what the network saw along another run.
-pub(super) type Along<'a> = (&'a Trajectory, &'a mut Vec<f64>);
+/// Asked in between whether to go on.
+pub type GoOn<'a> = &'a dyn Fn() -> Control;
 
-/// Makes the picture of `request`, and for each evaluation appends the errors of the predictions along another run.
-pub(super) fn run(
-    pipeline: &Pipeline,
-    request: &Request,
-    mut along: Option<Along<'_>>,
-) -> Result<Trajectory> {
+/// Makes the picture of `request`.
+pub fn run(pipeline: &Pipeline, request: &Request, go_on: GoOn<'_>) -> Result<Trajectory> {
     let card = pipeline.card();
     let shape = request.latents_shape(card);
-    let mut texts = vec![&request.negative_prompt, &request.prompt];
-    if request.guidance_scale == 1.0 {
-        texts.remove(0);
-    }
-    let prompts =
-        texts.iter().map(|text| pipeline.tokenize(text)).collect::<engine::error::Result<Vec<_>>>()?;
-    let plan = pipeline.plan(shape[1], shape[2], prompts.len(), false)?;
-    let mut event = |_| interrupt::control();
-    let conditioning = pipeline.encode(&plan, &prompts, &mut event)?;
-
+    let (plan, conditioning) = conditioning(pipeline, request, go_on)?;
     let mut rng = Rng::new(request.noise, request.seed);
     let mut latents = vec![0.0; shape.iter().product()];
-    rng.randn(&mut latents);
+    match &request.init_latents {
+        Some(given) => latents.copy_from_slice(&given.data),
+        None => rng.randn(&mut latents),
+    }
     let schedule = Schedule::new(&card.schedule);
     let spread = Spread::find(&request.schedule)?;
     let parts = Run { schedule: &schedule, steps: request.steps, spread, len: latents.len() };
@@ -53,16 +46,12 @@ pub(super) fn run(
     let sigma = sampler.init_noise_sigma();
     latents.iter_mut().for_each(|x| *x *= sigma);
 
-    let mut made = Trajectory { inputs: vec![], noises: vec![], latents: vec![], rgb8: vec![] };
     let timesteps = sampler.timesteps().to_vec();
+    let mut made = Trajectory { inputs: vec![], timesteps, noises: vec![], latents: vec![], rgb8: vec![] };
+    let mut event = |_| go_on();
     Denoiser::new(pipeline, &plan, conditioning, request)?.run(&mut event, |predictor, event| {
         let mut noise = vec![0.0; latents.len()];
-        for (i, &t) in timesteps.iter().enumerate() {
-            if let Some((other, errors)) = &mut along {
-                predictor.predict(&other.inputs[i], t, &mut noise, event)?;
-                let pairs = predictor.noises().into_iter().zip(&other.noises[i]);
-                errors.extend(pairs.map(|(got, want)| relative_error(&got, want)));
-            }
+        for (i, &t) in made.timesteps.iter().enumerate() {
             let mut input = vec![0.0; latents.len()];
             sampler.scale_model_input(&latents, i, &mut input);
             predictor.predict(&input, t, &mut noise, event)?;
@@ -75,4 +64,44 @@ pub(super) fn run(
     })?;
     made.rgb8 = pipeline.decode(&Latents { shape, data: latents })?.rgb8();
     Ok(made)
+}
+
+/// Relative errors of the noise predictions of `pipeline`, for each conditioning, at every `stride`th evaluation of `along`.
+pub fn errors(
+    pipeline: &Pipeline,
+    request: &Request,
+    along: &Trajectory,
+    stride: usize,
+    go_on: GoOn<'_>,
+) -> Result<Vec<f64>> {
+    let (plan, conditioning) = conditioning(pipeline, request, go_on)?;
+    let mut errors = vec![];
+    let mut event = |_| go_on();
+    Denoiser::new(pipeline, &plan, conditioning, request)?.run(&mut event, |predictor, event| {
+        for i in (0..along.inputs.len()).step_by(stride) {
+            let mut noise = vec![0.0; along.inputs[i].len()];
+            predictor.predict(&along.inputs[i], along.timesteps[i], &mut noise, event)?;
+            let pairs = predictor.noises().into_iter().zip(&along.noises[i]);
+            errors.extend(pairs.map(|(got, want)| relative_error(&got, want)));
+        }
+        Ok(())
+    })?;
+    Ok(errors)
+}
+
+/// The plan of a run, and what it makes of the negative prompt and the prompt.
+fn conditioning(
+    pipeline: &Pipeline,
+    request: &Request,
+    go_on: GoOn<'_>,
+) -> Result<(MemoryPlan, Vec<Conditioning>)> {
+    let [_, h, w] = request.latents_shape(pipeline.card());
+    let mut texts = vec![&request.negative_prompt, &request.prompt];
+    if request.guidance_scale == 1.0 {
+        texts.remove(0);
+    }
+    let prompts = texts.iter().map(|text| pipeline.tokenize(text)).collect::<Result<Vec<_>>>()?;
+    let plan = pipeline.plan(h, w, prompts.len(), false)?;
+    let conditioning = pipeline.encode(&plan, &prompts, &mut |_| go_on())?;
+    Ok((plan, conditioning))
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use engine::card::{Card, Provenance};
 use engine::format::{Layout, Tokenizer, Writer};
-use engine::graph::weight::{WeightKind, WeightSpec};
+use engine::graph::weight::{Stored, WeightKind, WeightSpec};
 use half::f16;
 use kernels::layout::Encoding;
 use kernels::quantize;
@@ -30,11 +30,11 @@ pub fn write_model(
     let provenance = Provenance { converter, quant: quant.name().into() };
     let card = Card { provenance, ..card.clone() };
     let policy = Policy::new(quant, &[])?;
-    let parts: Vec<(&str, Vec<(WeightSpec, Encoding)>)> = engine::models::weights(&card)
+    let parts: Vec<(&str, Vec<(WeightSpec, Stored)>)> = engine::models::weights(&card)
         .into_iter()
         .map(|(part, specs)| {
-            let encodings = policy.encodings(part.name(), &specs);
-            (part.name(), specs.into_iter().zip(encodings).collect())
+            let stored = policy.stored(part.name(), &specs);
+            (part.name(), specs.into_iter().zip(stored).collect())
         })
         .collect();
     let files = tokenizer::choose(None);
@@ -42,10 +42,10 @@ pub fn write_model(
     let total = layout.tensors().iter().map(|t| t.len).sum();
     let writer = Writer::create(output, layout)?;
     let done = std::sync::atomic::AtomicU64::new(0);
-    let tensors: Vec<&(WeightSpec, Encoding)> = parts.iter().flat_map(|(_, specs)| specs).collect();
-    tensors.par_iter().enumerate().try_for_each(|(i, (spec, encoding))| {
-        let len = writer.layout().tensors()[i].len;
-        writer.write(i, &encode(spec, *encoding, len as usize, values))?;
+    let specs: Vec<&WeightSpec> = parts.iter().flat_map(|(_, specs)| specs).map(|(spec, _)| spec).collect();
+    specs.par_iter().enumerate().try_for_each(|(i, spec)| {
+        let (len, encoding) = (writer.layout().tensors()[i].len, writer.layout().tensors()[i].encoding);
+        writer.write(i, &encode(spec, encoding, len as usize, values))?;
         let before = done.fetch_add(len, std::sync::atomic::Ordering::Relaxed);
         if progress(before + len, total) { Ok(()) } else { Err(Error::Stopped) }
     })?;

@@ -29,6 +29,8 @@ pub struct Tensor {
     pub kind: WeightKind,
     /// How its numbers are stored: f32 for vectors, f16 for tables.
     pub encoding: Encoding,
+    /// Of a matrix: place of the vector by which its inputs are multiplied.
+    pub factors: Option<usize>,
     /// Where it begins, in bytes from the start of the file.
     pub offset: u64,
     /// Bytes.
@@ -150,7 +152,7 @@ impl Index {
             let encoding =
                 Encoding::ALL.iter().position(|&e| e == tensor.encoding).expect("ALL has every encoding");
             out.extend_from_slice(&[kind, encoding as u8, u8::from(order == OutputOrder::Geglu), 0]);
-            put_u32(&mut out, 0);
+            put_u32(&mut out, tensor.factors.map_or(0, |i| i + 1));
             dims.iter().for_each(|&d| put_u32(&mut out, d));
             for value in [tensor.offset, tensor.len, tensor.checksum, 0] {
                 out.extend_from_slice(&value.to_le_bytes());
@@ -158,6 +160,22 @@ impl Index {
         }
         out.extend_from_slice(&names);
         out
+    }
+
+    /// Factors are a vector of the same part, one for each input of a matrix.
+    pub(super) fn check_factors(&self, part: &Part) -> Result<(), String> {
+        for tensor in &self.tensors[part.tensors.clone()] {
+            let Some(i) = tensor.factors else { continue };
+            let kind = part.tensors.contains(&i).then(|| self.tensors[i].kind);
+            match (tensor.kind, kind) {
+                (
+                    WeightKind::Matrix { k, .. },
+                    Some(WeightKind::Vector { len, order: OutputOrder::Plain }),
+                ) if len == k => {}
+                _ => return Err(format!("tensor {}: tensor {i} can't be its factors", tensor.name)),
+            }
+        }
+        Ok(())
     }
 
     /// Reads and checks the section; `data` is where the data section lies in the file.
@@ -189,7 +207,7 @@ impl Index {
         if index.parts.last().map_or(0, |p| p.tensors.end) != tensors {
             return Err(String::from("some tensors belong to no part"));
         }
-        for part in &index.parts {
+        for part in index.parts.clone() {
             let mut place = Place { end: part.offset, limit: part.offset + part.len };
             for i in part.tensors.clone() {
                 let tensor = records.tensor(names).ok_or_else(short)??;
@@ -203,6 +221,7 @@ impl Index {
                 }
                 index.tensors.push(tensor);
             }
+            index.check_factors(&part)?;
         }
         Ok(index)
     }
@@ -264,7 +283,7 @@ impl Cursor<'_> {
     fn tensor(&mut self, names: &[u8]) -> Option<Result<Tensor, String>> {
         let name = self.name(names)?;
         let [kind, encoding, order, _] = self.take::<4>()?;
-        let _ = self.u32()?;
+        let factors = self.u32()?.checked_sub(1);
         let dims = [self.u32()?, self.u32()?, self.u32()?, self.u32()?];
         let (offset, len, checksum, _) = (self.u64()?, self.u64()?, self.u64()?, self.u64()?);
         Some(name.and_then(|name| {
@@ -281,7 +300,7 @@ impl Cursor<'_> {
                 _ => return Err(unknown("kind")),
             };
             let encoding = *Encoding::ALL.get(usize::from(encoding)).ok_or_else(|| unknown("encoding"))?;
-            Ok(Tensor { name, kind, encoding, offset, len, checksum })
+            Ok(Tensor { name, kind, encoding, factors, offset, len, checksum })
         }))
     }
 }

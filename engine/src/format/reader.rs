@@ -19,6 +19,8 @@ pub(super) const ENTRY_BYTES: usize = 32;
 pub(super) const MAX_CARD: usize = 1 << 20;
 pub(super) const MAX_TOKENIZER: usize = 64 << 20;
 const MAX_SECTIONS: usize = 64;
+/// Factors are at most this, and at least one over it.
+const MAX_FACTOR: f32 = 16_777_216.0; // 2^24
 
 /// A model file, mapped or built in, that has been checked.
 #[derive(Debug)]
@@ -93,7 +95,26 @@ impl ModelFile {
         let card_fault = |fault: String| Error::Card { file: name.to_owned(), fault };
         let card: Card = serde_json::from_slice(card).map_err(|e| card_fault(e.to_string()))?;
         card.check().map_err(card_fault)?;
-        Ok(ModelFile { bytes, card, index, vocab, merges })
+        let file = ModelFile { bytes, card, index, vocab, merges };
+        file.check_factors().map_err(damaged)?;
+        Ok(file)
+    }
+
+    fn check_factors(&self) -> Result<(), String> {
+        let mut places: Vec<usize> = self.index.tensors.iter().filter_map(|t| t.factors).collect();
+        places.dedup();
+        for i in places {
+            let sound = |f: &f32| (1.0 / MAX_FACTOR..=MAX_FACTOR).contains(f);
+            if !self.vector(i).iter().all(sound) {
+                return Err(format!("tensor {} has numbers that are no factors", self.index.tensors[i].name));
+            }
+        }
+        Ok(())
+    }
+
+    /// The numbers of the vector at place `i` of the index.
+    fn vector(&self, i: usize) -> &[f32] {
+        bytemuck::cast_slice(self.bytes(&self.index.tensors[i]))
     }
 
     /// Everything about the model but its weights.
@@ -124,6 +145,12 @@ impl ModelFile {
     /// The bytes of a tensor of this file; they start at a multiple of 64.
     pub fn bytes(&self, tensor: &Tensor) -> &[u8] {
         &self.bytes.as_slice()[tensor.range()]
+    }
+
+    /// The numbers by which the inputs of a matrix of this file are multiplied: they stand for a matrix whose weights are
+    /// larger by them.
+    pub fn factors(&self, tensor: &Tensor) -> Option<&[f32]> {
+        tensor.factors.map(|i| self.vector(i))
     }
 
     /// A matrix of this file, as the kernels take it.

@@ -7,13 +7,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use kernels::layout::Encoding;
-
 use super::index::{Index, Part, Tensor, check_name, stored_bytes};
 use super::reader::{ENTRY_BYTES, HEADER_BYTES, MAX_CARD, MAX_TOKENIZER};
 use super::{Error, MAGIC, PART_ALIGN, TENSOR_ALIGN, VERSION, checksum::xxh64, file};
 use crate::card::Card;
-use crate::graph::weight::WeightSpec;
+use crate::graph::weight::{Stored, WeightSpec};
 
 /// The tokenizer's files, as they are.
 #[derive(Clone, Copy, Debug)]
@@ -42,11 +40,11 @@ struct Section {
 }
 
 impl Layout {
-    /// Lays out a file of these parts, each with its tensors in execution order.
+    /// Lays out a file of these parts, each with its tensors in execution order, vectors of factors among them.
     pub fn new(
         card: &Card,
         tokenizer: Tokenizer<'_>,
-        parts: &[(&str, Vec<(WeightSpec, Encoding)>)],
+        parts: &[(&str, Vec<(WeightSpec, Stored)>)],
     ) -> Result<Layout, Error> {
         let fault = |fault: String| Error::Card { file: String::from("the new file"), fault };
         card.check().map_err(fault)?;
@@ -64,22 +62,28 @@ impl Layout {
         for (part, tensors) in parts {
             check_name(part).map_err(fault)?;
             let first = index.tensors.len();
-            for (spec, encoding) in tensors {
+            for (spec, stored) in tensors {
                 check_name(&spec.name).map_err(fault)?;
-                let len = stored_bytes(&spec.kind, *encoding)
-                    .map_err(|e| fault(format!("tensor {}: {e}", spec.name)))?;
-                let (name, kind, encoding) = (spec.name.clone(), spec.kind, *encoding);
+                let wrong = |e: String| fault(format!("tensor {}: {e}", spec.name));
+                let encoding = stored.encoding.or(spec.kind.fixed_encoding());
+                let encoding = encoding.ok_or_else(|| wrong("it has no encoding".into()))?;
+                let len = stored_bytes(&spec.kind, encoding).map_err(wrong)?;
+                let (name, kind, factors) = (spec.name.clone(), spec.kind, None);
                 if index.by_name.insert(name.clone(), index.tensors.len()).is_some() {
                     return Err(fault(format!("tensor {name} is there twice")));
                 }
-                index.tensors.push(Tensor { name, kind, encoding, offset: 0, len, checksum: 0 });
+                index.tensors.push(Tensor { name, kind, encoding, factors, offset: 0, len, checksum: 0 });
             }
-            index.parts.push(Part {
-                name: (*part).to_owned(),
-                tensors: first..index.tensors.len(),
-                offset: 0,
-                len: 0,
-            });
+            for (i, (spec, stored)) in tensors.iter().enumerate() {
+                let Some(name) = &stored.factors else { continue };
+                let place = index.by_name.get(name).copied();
+                let missing = || fault(format!("tensor {}: there are no factors {name}", spec.name));
+                index.tensors[first + i].factors = Some(place.ok_or_else(missing)?);
+            }
+            let tensors = first..index.tensors.len();
+            let part = Part { name: (*part).to_owned(), tensors, offset: 0, len: 0 };
+            index.check_factors(&part).map_err(fault)?;
+            index.parts.push(part);
         }
 
         let mut end = (HEADER_BYTES + ENTRY_BYTES * 5 + 8) as u64;

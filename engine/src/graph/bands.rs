@@ -23,6 +23,8 @@ pub(super) enum BandOp {
         border: Border,
         norm: NormSpec,
         activation: Activation,
+        /// A weight: what channels are multiplied by.
+        factors: Option<usize>,
         out: OperandBuf,
     },
     Gemm {
@@ -282,8 +284,9 @@ mod tests {
         let operand = OperandBuf { buf: at, scale: None, uniform: false, kind: OperandKind::F32, stride: 64 };
         let (norm, activation) = (NormSpec::None, Activation::None);
         let (bias, image_bias, residual) = (None, None, ResidualSpec::None);
+        let (source, factors) = ([Some(x), None], None);
         [
-            BandOp::Pass { source: [Some(x), None], input, filter, border, norm, activation, out: operand },
+            BandOp::Pass { source, input, filter, border, norm, activation, factors, out: operand },
             BandOp::Gemm { operand, weight: 0, bias, image_bias, activation, residual, out },
         ]
     }

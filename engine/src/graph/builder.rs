@@ -1,10 +1,13 @@
 //! The words in which a network is described.
 #![forbid(unsafe_code)]
 
+use std::collections::HashMap;
+
 use kernels::gemm::{Activation, Filter};
+use kernels::layout::Encoding;
 use kernels::view::Border;
 
-use super::weight::{OutputOrder, Role, WeightKind, WeightSpec};
+use super::weight::{OutputOrder, Role, Stored, WeightKind, WeightSpec};
 
 /// How often a value changes during a run. What depends on the prompt alone is computed once per run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -56,6 +59,8 @@ pub(super) enum Node {
     /// A linear layer or a convolution.
     Gemm {
         x: Tensor,
+        /// By which the channels of `x` are multiplied first.
+        factors: Option<usize>,
         weight: usize,
         bias: Option<usize>,
         filter: Filter,
@@ -123,7 +128,9 @@ impl Node {
 
     pub(super) fn weights(&self) -> Vec<usize> {
         match *self {
-            Node::Gemm { weight, bias, .. } => [Some(weight), bias].into_iter().flatten().collect(),
+            Node::Gemm { factors, weight, bias, .. } => {
+                [factors, Some(weight), bias].into_iter().flatten().collect()
+            }
             Node::GroupNorm { gamma, beta, .. } | Node::LayerNorm { gamma, beta, .. } => vec![gamma, beta],
             Node::Lookup { table, positions, .. } => vec![table, positions],
             _ => vec![],
@@ -148,11 +155,132 @@ impl Network {
         &self.weights
     }
 
+    /// The network for a file that keeps each of its weights as `stored`: vectors of factors are weights too. Then the encodings
+    /// of its weights, `None` for vectors and tables.
+    ///
+    /// # Panics
+    /// Where `stored` is not as long as the list of weights.
+    pub fn stored(&self, stored: &[Stored]) -> (Network, Vec<Option<Encoding>>) {
+        assert_eq!(self.weights.len(), stored.len(), "how each weight is stored");
+        let mut network = self.clone();
+        let mut encodings: Vec<_> = stored.iter().map(|s| s.encoding).collect();
+        let mut places = HashMap::new();
+        for node in &mut network.nodes {
+            let Node::Gemm { weight, factors, .. } = node else { continue };
+            let (Some(name), WeightKind::Matrix { k, .. }) =
+                (&stored[*weight].factors, self.weights[*weight].kind)
+            else {
+                continue;
+            };
+            let kind = WeightKind::Vector { len: k, order: OutputOrder::Plain };
+            *factors = Some(*places.entry(name).or_insert_with(|| {
+                network.weights.push(WeightSpec { name: name.clone(), kind, role: Role::Vector });
+                encodings.push(None);
+                encodings.len() - 1
+            }));
+        }
+        let order = network.sort_weights();
+        (network, order.into_iter().map(|i| encodings[i]).collect())
+    }
+
+    /// Matrices that read the same value one after another, and what is known of that value's channels.
+    pub fn operands(&self) -> Vec<OperandSpec> {
+        let mut operands: Vec<(Tensor, OperandSpec)> = vec![];
+        for node in &self.nodes {
+            let Node::Gemm { x, weight, .. } = *node else { continue };
+            match operands.last_mut() {
+                Some((last, operand)) if *last == x => operand.matrices.push(weight),
+                _ => operands.push((x, OperandSpec { matrices: vec![weight], origin: self.origin(x) })),
+            }
+        }
+        operands.into_iter().map(|(_, operand)| operand).collect()
+    }
+
+    fn origin(&self, x: Tensor) -> Origin {
+        match self.nodes[x.0] {
+            Node::GroupNorm { gamma, beta, activation, .. } => Origin::Norm { gamma, beta, activation },
+            Node::LayerNorm { gamma, beta, .. } => Origin::Norm { gamma, beta, activation: Activation::None },
+            Node::Gemm { weight, bias, activation, residual: None, .. } => {
+                Origin::Matrix { weight, bias, activation }
+            }
+            Node::Attention { v, .. } => self.origin(v),
+            _ => Origin::Other,
+        }
+    }
+
+    /// Brings weights into the order in which a run meets them; leaves out those that no node has. Returns the place that
+    /// each had.
+    fn sort_weights(&mut self) -> Vec<usize> {
+        let mut rank = vec![usize::MAX; self.weights.len()];
+        let mut order = Vec::with_capacity(self.weights.len());
+        for i in self.order() {
+            for w in self.nodes[i].weights() {
+                if rank[w] == usize::MAX {
+                    rank[w] = order.len();
+                    order.push(w);
+                }
+            }
+        }
+        self.weights = order.iter().map(|&w| self.weights[w].clone()).collect();
+        for node in &mut self.nodes {
+            match node {
+                Node::Gemm { factors, weight, bias, .. } => {
+                    *weight = rank[*weight];
+                    for w in [factors, bias].into_iter().flatten() {
+                        *w = rank[*w];
+                    }
+                }
+                Node::GroupNorm { gamma, beta, .. } | Node::LayerNorm { gamma, beta, .. } => {
+                    (*gamma, *beta) = (rank[*gamma], rank[*beta]);
+                }
+                Node::Lookup { table, positions, .. } => {
+                    (*table, *positions) = (rank[*table], rank[*positions]);
+                }
+                _ => {}
+            }
+        }
+        order
+    }
+
     /// Nodes in execution order.
     pub(super) fn order(&self) -> impl Iterator<Item = usize> + '_ {
         let of = |rate| (0..self.nodes.len()).filter(move |&i| self.values[i].rate == rate);
         of(Rate::Run).chain(of(Rate::Step))
     }
+}
+
+/// A value that matrices read. Numbers are places in [`Network::weights`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OperandSpec {
+    /// The matrices, in execution order.
+    pub matrices: Vec<usize>,
+    /// Where the value comes from.
+    pub origin: Origin,
+}
+
+/// What the scale of a value's channels depends on. Numbers are places in [`Network::weights`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// `activation(norm)`.
+    Norm {
+        /// `[c]`.
+        gamma: usize,
+        /// `[c]`.
+        beta: usize,
+        /// Behind the norm.
+        activation: Activation,
+    },
+    /// `activation(weight x + bias)`, or what attention makes of such values.
+    Matrix {
+        /// Its outputs are the channels.
+        weight: usize,
+        /// Of the same matrix.
+        bias: Option<usize>,
+        /// Behind the sum.
+        activation: Activation,
+    },
+    /// Anything else: sums of many layers, inputs.
+    Other,
 }
 
 /// Records a network.
@@ -348,33 +476,10 @@ impl Builder {
 
     /// The finished network.
     pub fn finish(self) -> Network {
-        let Builder { values, mut nodes, paths, weights, outputs, .. } = self;
-        // Weights in execution order; what depends on the prompt alone comes first.
-        let network = Network { values, nodes: nodes.clone(), paths, outputs, weights: vec![] };
-        let mut rank = vec![usize::MAX; weights.len()];
-        let mut ordered = Vec::with_capacity(weights.len());
-        for i in network.order() {
-            for w in nodes[i].weights() {
-                rank[w] = ordered.len();
-                ordered.push(weights[w].clone());
-            }
-        }
-        for node in &mut nodes {
-            match node {
-                Node::Gemm { weight, bias, .. } => {
-                    *weight = rank[*weight];
-                    *bias = bias.map(|b| rank[b]);
-                }
-                Node::GroupNorm { gamma, beta, .. } | Node::LayerNorm { gamma, beta, .. } => {
-                    (*gamma, *beta) = (rank[*gamma], rank[*beta]);
-                }
-                Node::Lookup { table, positions, .. } => {
-                    (*table, *positions) = (rank[*table], rank[*positions]);
-                }
-                _ => {}
-            }
-        }
-        Network { nodes, weights: ordered, ..network }
+        let Builder { values, nodes, paths, weights, outputs, .. } = self;
+        let mut network = Network { values, nodes, paths, outputs, weights };
+        network.sort_weights();
+        network
     }
 }
 
@@ -457,7 +562,8 @@ impl GemmBuilder<'_> {
             assert_eq!((b.dims(r), b.channels(r)), (out, c), "residual of {}", b.name(&leaf));
         }
         let path = b.name(&leaf);
-        let node = Node::Gemm { x, weight, bias, filter, border, image_bias, activation, residual };
+        let factors = None;
+        let node = Node::Gemm { x, factors, weight, bias, filter, border, image_bias, activation, residual };
         b.push(node, out, c, path)
     }
 }

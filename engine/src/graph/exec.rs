@@ -7,7 +7,7 @@ use kernels::attention::{Attention, Mask, attention};
 use kernels::gemm::{Epilogue, Filter, Gemm, gemm, gemm_rows};
 use kernels::layout::Weight;
 use kernels::pass::{
-    Norm, Source, group_codings, group_finish, group_stats, group_sums, operand_pass, range_codings,
+    Norm, Recipe, Source, group_codings, group_finish, group_stats, group_sums, operand_pass, range_codings,
     rows_pass, stats_len, sums_len,
 };
 use kernels::view::{Border, Coding, ImageShape, Operand, OperandMut, Rows, RowsMut};
@@ -31,15 +31,29 @@ pub trait Watch<E> {
     fn after(&mut self, i: usize, among: Range<usize>) -> Result<(), E>;
 }
 
-/// Is shown the operand of each matrix product before it is met: the weight's name, the rows, and the elements from one row
-/// to the next. Rows around the border of an image are zero.
+/// A matrix product that is about to be made.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen<'a> {
+    /// The weight's name.
+    pub name: &'a str,
+    /// The rows that meet it, multiplied by its factors. Those around the border of an image are zero.
+    pub operand: Operand<'a>,
+    /// Elements from one row to the next.
+    pub stride: usize,
+    /// The rows' pixels: a band of those of the layer, perhaps.
+    pub input: ImageShape,
+    /// What is computed of them.
+    pub filter: Filter,
+}
+
+/// Is shown each matrix product.
 pub struct Observer(Box<See>);
 
-type See = dyn Fn(&str, Operand<'_>, usize) + Send + Sync;
+type See = dyn Fn(Seen<'_>) + Send + Sync;
 
 impl Observer {
     /// Calls `see`.
-    pub fn new(see: impl Fn(&str, Operand<'_>, usize) + Send + Sync + 'static) -> Self {
+    pub fn new(see: impl Fn(Seen<'_>) + Send + Sync + 'static) -> Self {
         Observer(Box::new(see))
     }
 }
@@ -270,7 +284,7 @@ impl<'a> Session<'a> {
             let Extent { rows, operand: shape, skip } = extent;
             let clock = self.profile.map(|profile| (profile, Instant::now()));
             match *op {
-                BandOp::Pass { source, input, norm, activation, out, .. } => {
+                BandOp::Pass { source, input, norm, activation, factors, out, .. } => {
                     let part = |r: RowsBuf| (self.rows(r, bank, pixels(r, input, rows)), r.c);
                     let source = Source { parts: source.map(|r| r.map(part)) };
                     let ranges = match norm {
@@ -281,11 +295,12 @@ impl<'a> Session<'a> {
                         _ => &[],
                     };
                     let norm = self.norm(norm, bank, images.clone());
+                    let recipe = Recipe { norm, activation, factors: factors.map(|f| self.vector(f)) };
                     let operand = self.operand_mut(out, bank, shape, |images| match norm {
-                        Norm::Group { .. } => group_codings(norm, activation, images),
-                        _ => range_codings(ranges, source.columns(), images),
+                        Norm::Group { .. } => group_codings(recipe, images),
+                        _ => range_codings(ranges, source.columns(), recipe.factors, images),
                     });
-                    operand_pass(workers, isa, source, *shape, norm, activation, operand, out.stride);
+                    operand_pass(workers, isa, source, *shape, recipe, operand, out.stride);
                 }
                 BandOp::Gemm { operand, weight, bias, image_bias, activation, residual, out } => {
                     let filter = self.filter(bands, operand);
@@ -304,8 +319,13 @@ impl<'a> Session<'a> {
                         accumulate: matches!(residual, ResidualSpec::InPlace),
                     };
                     if let Some(Observer(see)) = self.observer {
-                        let rows = self.operand(operand, bank, shape);
-                        see(&self.plan.weights()[weight].name, rows, operand.stride);
+                        see(Seen {
+                            name: &self.plan.weights()[weight].name,
+                            operand: self.operand(operand, bank, shape),
+                            stride: operand.stride,
+                            input: *shape,
+                            filter,
+                        });
                     }
                     let call = Gemm {
                         operand: self.operand(operand, bank, shape),
@@ -368,7 +388,7 @@ impl<'a> Session<'a> {
                 let source = self.source(source, bank, 0..image.pixels());
                 let norm = self.norm(norm, bank, 0..image.batch);
                 let out = self.rows_mut(out, bank, 0..image.pixels());
-                rows_pass(workers, isa, source, image, norm, activation, out);
+                rows_pass(workers, isa, source, image, Recipe::new(norm, activation), out);
             }
             Op::Attention { shape, q, k, v, causal, products, workspace, out } => {
                 let call = Attention {

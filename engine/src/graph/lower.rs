@@ -75,7 +75,7 @@ pub(super) struct Lowered {
     pub(super) rows: Vec<(Tensor, RowsBuf)>,
 }
 
-/// Lowers `network`; `encodings` as in [`super::Plan::new`]. Values of `remade` ([`super::analysis::can_be_remade`]) are never in memory as a
+/// Lowers `network`; `encodings` are those of its weights, `None` for vectors and tables. Values of `remade` ([`super::analysis::can_be_remade`]) are never in memory as a
 /// whole: whoever reads them makes them again, band by band.
 pub(super) fn lower(
     network: &Network,
@@ -284,7 +284,7 @@ impl Lowering<'_> {
 
     /// Appends the pass and the GEMM that make `t`, of images `dims`, in `out`.
     fn chain_gemm(&mut self, chain: &mut Chain, t: Tensor, dims: Dims, out: RowsBuf) {
-        let Node::Gemm { x, weight, bias, filter, border, image_bias, activation, residual } =
+        let Node::Gemm { x, factors, weight, bias, filter, border, image_bias, activation, residual } =
             self.network.nodes[t.0].clone()
         else {
             unreachable!("GEMMs alone are made again")
@@ -300,11 +300,20 @@ impl Lowering<'_> {
             None => ResidualSpec::None,
         };
         let operand = self.new_operand(kind, self.network.values[x.0].c, filter, norm);
-        let pass =
-            BandOp::Pass { source, input, filter, border, norm, activation: pass_activation, out: operand };
+        let pass = BandOp::Pass {
+            source,
+            input,
+            filter,
+            border,
+            norm,
+            activation: pass_activation,
+            factors,
+            out: operand,
+        };
         let gemm = BandOp::Gemm { operand, weight, bias, image_bias, activation, residual, out };
         chain.ops.extend([pass, gemm]);
         chain.weights.extend(weights);
+        chain.weights.extend(factors);
         chain.weights.push(weight);
         chain.weights.extend(bias);
     }
@@ -392,7 +401,7 @@ impl Lowering<'_> {
         if self.remade.contains(&t) {
             return; // made by whoever reads it
         }
-        let Node::Gemm { x, weight, bias, filter, border, image_bias, activation, residual } =
+        let Node::Gemm { x, factors, weight, bias, filter, border, image_bias, activation, residual } =
             self.network.nodes[t.0].clone()
         else {
             unreachable!("called for GEMM nodes")
@@ -424,7 +433,7 @@ impl Lowering<'_> {
         let kind = self.operand_kind(weight);
         let image_bias = image_bias.map(|t| self.rows_of(t).buf);
         let residual_rows = residual.map(|t| self.rows_of(t));
-        let joins = self.joins(t, x, weight, kind, filter, border);
+        let joins = self.joins(t, kind);
         let (input, output) = (self.network.values[x.0].dims, self.network.values[t.0].dims);
         let flat = |d: Dims| Dims { batch: d.batch, h: d.h * d.w, w: 1 };
         let (input, output) =
@@ -444,9 +453,10 @@ impl Lowering<'_> {
                 None => self.with_range(x, norm, activation, kind, filter),
             };
             let out = self.new_operand(kind, self.network.values[x.0].c, filter, norm);
-            ops.push(BandOp::Pass { source, input, filter, border, norm, activation, out });
+            ops.push(BandOp::Pass { source, input, filter, border, norm, activation, factors, out });
             out
         };
+        weights.extend(factors);
         weights.push(weight);
         weights.extend(bias);
         let residual = match (residual_in_place, residual_rows) {
@@ -504,17 +514,12 @@ impl Lowering<'_> {
             }
     }
 
-    /// Whether the GEMM `t` of `x` can go on where the last step is: because that step has made the operand already, or
+    /// Whether the GEMM `t`, whose operand is to be of `kind`, can go on where the last step is: because that step has made the operand already, or
     /// because it makes `x` itself, for nobody else.
-    fn joins(
-        &self,
-        t: Tensor,
-        x: Tensor,
-        weight: usize,
-        kind: OperandKind,
-        filter: Filter,
-        border: Border,
-    ) -> Option<Join> {
+    fn joins(&self, t: Tensor, kind: OperandKind) -> Option<Join> {
+        let Node::Gemm { x, weight, factors, filter, border, .. } = self.network.nodes[t.0] else {
+            return None;
+        };
         let step = self.steps.last()?;
         let Op::Bands(bands) = &step.op else { return None };
         let rate = |t: Tensor| self.network.values[t.0].rate;
@@ -555,11 +560,11 @@ impl Lowering<'_> {
             return Some(Join::Inner);
         }
         let same = last_x == x && last_filter == filter && last_border == border;
-        let operand = bands.ops.iter().rev().find_map(|op| match op {
-            BandOp::Pass { out, .. } => Some(*out),
+        let (operand, its_factors) = bands.ops.iter().rev().find_map(|op| match op {
+            BandOp::Pass { out, factors, .. } => Some((*out, *factors)),
             _ => None,
         })?;
-        (same && operand.kind == kind).then_some(Join::Operand(operand))
+        (same && operand.kind == kind && its_factors == factors).then_some(Join::Operand(operand))
     }
 
     /// The GEMM nodes of the last step, by the buffers they write.

@@ -2,7 +2,7 @@
 //! streaming and the run.
 //!
 //! A model ([`crate::models`]) tells a [`Builder`] what it is made of. The result is a [`Network`]: values, and the nodes
-//! that make them. [`Plan::new`] lowers it for a precision and for the encodings of a file into steps over one arena;
+//! that make them. [`Plan::new`] lowers it for a precision and for what a file stores into steps over one arena;
 //! [`Session`] runs the steps.
 //!
 //! Passes and matrix products over the same pixels run band by band: the 8-bit operand of a layer, and what lies between the
@@ -20,8 +20,8 @@ mod steps;
 pub mod weight;
 
 pub use arena::{Arena, Region};
-pub use builder::{Builder, Dims, GemmBuilder, Network, Rate, Tensor};
-pub use exec::{Observer, Session, Watch};
+pub use builder::{Builder, Dims, GemmBuilder, Network, OperandSpec, Origin, Rate, Tensor};
+pub use exec::{Observer, Seen, Session, Watch};
 pub use lower::Options;
 pub use plan::Plan;
 pub use profile::{Profile, Span};

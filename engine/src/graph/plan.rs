@@ -8,7 +8,7 @@ use super::arena::{Life, Region, place};
 use super::builder::{Network, Rate, Tensor};
 use super::lower::{Lowered, Options, lower};
 use super::steps::{Buf, Op, RowsBuf, Step};
-use super::weight::{WeightKind, WeightSpec};
+use super::weight::{Stored, WeightKind, WeightSpec};
 
 /// A network lowered for a precision and the encodings of a file: steps over one arena.
 ///
@@ -33,13 +33,13 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Lowers `network` and gives every buffer a place. `encodings` holds each of its weights' encoding (`None` for vectors
-    /// and tables).
+    /// Lowers `network` and gives every buffer a place. `stored` says of each of its weights how it is kept.
     ///
     /// # Panics
-    /// Where `encodings` is not as long as the list of weights, or a matrix has none.
-    pub fn new(network: &Network, encodings: &[Option<Encoding>], options: Options) -> Plan {
-        Plan::remaking(network, encodings, options, &[])
+    /// Where `stored` is not as long as the list of weights, or a matrix has no encoding.
+    pub fn new(network: &Network, stored: &[Stored], options: Options) -> Plan {
+        let (network, encodings) = network.stored(stored);
+        Plan::remaking(&network, &encodings, options, &[])
     }
 
     /// As [`Plan::new`], where what it `needs` is at most `room`; otherwise the least that any of these plans needs. With
@@ -47,21 +47,22 @@ impl Plan {
     /// as small as it takes. The result is the same.
     pub fn fitting(
         network: &Network,
-        encodings: &[Option<Encoding>],
+        stored: &[Stored],
         options: Options,
         room: u64,
         remake: bool,
         needs: impl Fn(&Plan) -> u64,
     ) -> Result<Plan, u64> {
+        let (network, encodings) = network.stored(stored);
         let (mut remade, mut least) = (vec![], u64::MAX);
         loop {
-            let plan = Plan::remaking(network, encodings, options, &remade);
+            let plan = Plan::remaking(&network, &encodings, options, &remade);
             let needed = needs(&plan);
             if needed <= room {
                 return Ok(plan);
             }
             least = least.min(needed);
-            remade.push(plan.largest_at_peak(network).filter(|_| remake).ok_or(least)?);
+            remade.push(plan.largest_at_peak(&network).filter(|_| remake).ok_or(least)?);
         }
     }
 
@@ -81,7 +82,6 @@ impl Plan {
         options: Options,
         remade: &[Tensor],
     ) -> Plan {
-        assert_eq!(network.weights().len(), encodings.len(), "an encoding for each weight");
         let Lowered { steps, prologue, bytes, inputs, outputs, rows } =
             lower(network, encodings, options, remade);
         let lives = lives(&steps, prologue, &bytes, &inputs, &outputs);
@@ -135,7 +135,7 @@ impl Plan {
         self.steps.split_at(self.prologue)
     }
 
-    /// The weights, in the order in which steps first meet them.
+    /// The weights, in the order in which steps first meet them, with the vectors of factors.
     pub fn weights(&self) -> &[WeightSpec] {
         &self.weights
     }

@@ -1,7 +1,7 @@
 //! What a network's description says of a weight: its name, its shape and the part it plays.
 #![forbid(unsafe_code)]
 
-use kernels::layout::WeightShape;
+use kernels::layout::{Encoding, WeightShape};
 use serde::{Deserialize, Serialize};
 
 /// One tensor that a checkpoint must supply. Names are canonical: the part (`unet`, `vae`, `text_encoder`,
@@ -14,6 +14,22 @@ pub struct WeightSpec {
     pub kind: WeightKind,
     /// The part it plays: what the precision policy decides by.
     pub role: Role,
+}
+
+/// How a file keeps a weight.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stored {
+    /// How a matrix is encoded; `None` for vectors and tables, which have one way only.
+    pub encoding: Option<Encoding>,
+    /// The vector `[k]`, by name, that holds for each input of a matrix what its weights were divided by. Inputs are
+    /// multiplied by it.
+    pub factors: Option<String>,
+}
+
+impl From<Encoding> for Stored {
+    fn from(encoding: Encoding) -> Self {
+        Stored { encoding: Some(encoding), factors: None }
+    }
 }
 
 /// The kinds of tensors.
@@ -32,7 +48,7 @@ pub enum WeightKind {
         /// The order in which outputs lie in the panels.
         order: OutputOrder,
     },
-    /// f32 numbers, kept exactly: norms and biases. `order` as of the matrix that a bias belongs to.
+    /// f32 numbers, kept exactly: norms, biases and factors. `order` as of the matrix that a bias belongs to.
     Vector {
         /// Numbers.
         len: usize,
@@ -84,6 +100,15 @@ impl OutputOrder {
 }
 
 impl WeightKind {
+    /// The encoding of what isn't a matrix.
+    pub const fn fixed_encoding(&self) -> Option<Encoding> {
+        match self {
+            WeightKind::Matrix { .. } => None,
+            WeightKind::Vector { .. } => Some(Encoding::F32),
+            WeightKind::Table { .. } => Some(Encoding::F16),
+        }
+    }
+
     /// The shape of a matrix as stored.
     pub fn shape(&self) -> Option<WeightShape> {
         match *self {
@@ -129,7 +154,7 @@ pub enum Role {
     QuantConv,
     /// Projection of a pooled embedding.
     Pooled,
-    /// Norms and biases.
+    /// Norms, biases and factors.
     Vector,
     /// Token and position tables.
     Table,

@@ -10,6 +10,7 @@ pub use unet::{UnetInput, unet};
 pub use vae::{vae_decoder, vae_encoder};
 
 use crate::card::Card;
+use crate::graph::Network;
 use crate::graph::weight::WeightSpec;
 
 /// A network that holds memory on its own: no two of them do at the same time.
@@ -38,20 +39,20 @@ impl Part {
     }
 }
 
-/// Every weight of a model, by part, in execution order: what a checkpoint must supply and how the file is laid out.
-///
-/// The parts lie in the order in which a run needs them, the encoder (which only some runs need) last.
-pub fn weights(card: &Card) -> Vec<(Part, Vec<WeightSpec>)> {
-    let mut parts: Vec<_> = card
-        .text_encoders
-        .iter()
-        .enumerate()
-        .map(|(i, c)| (Part::TextEncoder(i), clip(i, c, 1, c.output_layer).weights().to_vec()))
-        .collect();
-    let size = UnetInput { batch: 1, h: 8, w: 8, tokens: 77 };
-    parts.push((Part::Unet, unet(&card.unet, size).weights().to_vec()));
-    parts.push((Part::VaeDecoder, vae_decoder(&card.vae, 1, 8, 8).weights().to_vec()));
+/// Every network of a model, at a small size: what weights there are doesn't depend on it. They are in the order in which a run
+/// needs them, the encoder (which only some runs need) last.
+pub fn networks(card: &Card) -> Vec<(Part, Network)> {
+    let encoders = card.text_encoders.iter().enumerate();
+    let mut parts: Vec<_> =
+        encoders.map(|(i, c)| (Part::TextEncoder(i), clip(i, c, 1, c.output_layer))).collect();
+    parts.push((Part::Unet, unet(&card.unet, UnetInput { batch: 1, h: 8, w: 8, tokens: 77 })));
+    parts.push((Part::VaeDecoder, vae_decoder(&card.vae, 1, 8, 8)));
     let side = 8 * card.vae.factor();
-    parts.push((Part::VaeEncoder, vae_encoder(&card.vae, 1, side, side).weights().to_vec()));
+    parts.push((Part::VaeEncoder, vae_encoder(&card.vae, 1, side, side)));
     parts
+}
+
+/// Every weight of a model, by part, in execution order: what a checkpoint must supply and how the file is laid out.
+pub fn weights(card: &Card) -> Vec<(Part, Vec<WeightSpec>)> {
+    networks(card).into_iter().map(|(part, network)| (part, network.weights().to_vec())).collect()
 }

@@ -92,9 +92,9 @@ impl Pipeline {
 
     /// What a run over latents of `h * w` will hold, with `prompts` prompts (2 with guidance).
     pub fn plan(&self, h: usize, w: usize, prompts: usize, encodes: bool) -> Result<MemoryPlan> {
-        let encodings = |wanted: &[WeightSpec]| weights::encodings(&self.file, wanted);
+        let stored = |wanted: &[WeightSpec]| weights::stored(&self.file, wanted);
         let run = budget::Run { h, w, prompts, encodes };
-        budget::plan(self.card(), &encodings, &self.settings, run, budget::budget(&self.settings))
+        budget::plan(self.card(), &stored, &self.settings, run, budget::budget(&self.settings))
     }
 
     /// Makes a picture. `event` is told of each layer and step and can stop the run.

@@ -8,7 +8,7 @@ use crate::simd::{Element, MAX_LANES, Simd, SimdOp};
 use crate::view::{Coding, ImageShape, OperandMut, Rows};
 
 use super::stats::stats_len;
-use super::{Norm, Walk};
+use super::{Norm, Recipe, Walk};
 
 /// Rows of f32 that a task keeps in scratch memory.
 pub(super) const SCRATCH_ROWS: usize = 5;
@@ -32,13 +32,13 @@ impl SimdOp for Chunk<'_> {
     /// A row is written after the next one was read: the reduction to its scale then costs no waiting.
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        let Walk { source, image, norm, stride, .. } = self.walk;
+        let Walk { source, image, recipe: Recipe { norm, activation, factors }, stride } = self.walk;
         let columns = source.columns();
         let (even, rest) = self.scratch.split_at_mut(columns);
         let (odd, rest) = rest.split_at_mut(columns);
         let (factor, rest) = rest.split_at_mut(columns);
         let offset = &mut rest[..columns];
-        let activation = Function::new(self.walk.activation, &self.out);
+        let activation = Function::new(activation, &self.out);
         let mut image_of_factors = usize::MAX;
         let mut waiting = None;
         let rows = self.out.len() / stride.max(1);
@@ -62,7 +62,7 @@ impl SimdOp for Chunk<'_> {
                             image_of_factors = b;
                         }
                         let most = read_row(s, source.row(pixel), norm, (factor, offset), activation, row);
-                        made = Some((most, b));
+                        made = Some((factors.map_or(most, |factors| multiply(s, row, factors)), b));
                     }
                 }
             }
@@ -330,6 +330,25 @@ fn activate<S: Simd>(s: S, row: &mut [f32], f: impl Map) -> S::F {
     }
     if i < n {
         let y = f.of(s, s.load_partial(&row[i..]));
+        s.store_partial(y, &mut row[i..]);
+        most = s.max(s.abs(y), most);
+    }
+    most
+}
+
+/// `row *= factors`; returns the greatest magnitudes, lane by lane.
+#[inline(always)]
+fn multiply<S: Simd>(s: S, row: &mut [f32], factors: &[f32]) -> S::F {
+    let (n, mut i, mut most) = (row.len(), 0, s.splat(0.0));
+    let factors = &factors[..n];
+    while i + S::LANES <= n {
+        let y = s.mul(s.load(&row[i..i + S::LANES]), s.load(&factors[i..i + S::LANES]));
+        s.store(y, &mut row[i..i + S::LANES]);
+        most = s.max(s.abs(y), most);
+        i += S::LANES;
+    }
+    if i < n {
+        let y = s.mul(s.load_partial(&row[i..]), s.load_partial(&factors[i..]));
         s.store_partial(y, &mut row[i..]);
         most = s.max(s.abs(y), most);
     }

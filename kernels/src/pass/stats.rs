@@ -10,7 +10,7 @@ use crate::simd::{Element, Simd, SimdOp, dispatch};
 use crate::view::{Coding, ImageShape, Rows};
 
 use super::rows::AHEAD;
-use super::{Norm, Source};
+use super::{Norm, Recipe, Source};
 use crate::gemm::Activation;
 
 /// Tasks that share one image.
@@ -143,35 +143,36 @@ pub fn group_finish(
     }
 }
 
-/// Codings of an operand with one for each image, whose codes span `activation(norm(x))` over that image and zero, by what
+/// Codings of an operand with one for each image, whose codes span what `recipe` makes of that image, and zero, by what
 /// [`group_stats`] knows.
 ///
 /// # Panics
 /// Where shapes don't agree, or for a norm that isn't [`Norm::Group`].
-pub fn group_codings(norm: Norm<'_>, activation: Activation, images: &mut [Coding]) {
+pub fn group_codings(recipe: Recipe<'_>, images: &mut [Coding]) {
+    let Recipe { norm, activation, factors } = recipe;
     let Norm::Group { stats, groups, gamma, beta } = norm else { panic!("group statistics for {norm:?}") };
     let each = stats_len(groups, gamma.len());
     assert_eq!(stats.len(), images.len() * each, "statistics of {} x {groups} groups", images.len());
     let size = gamma.len() / groups.max(1);
     for (image, stats) in images.iter_mut().zip(stats.chunks_exact(each)) {
-        let (mut low, mut high) = (0f32, 0f32);
         let (moments, ranges) = stats.split_at(2 * groups);
-        for (c, (range, (gamma, beta))) in
-            ranges.as_chunks::<2>().0.iter().zip(gamma.iter().zip(beta)).enumerate()
-        {
+        *image = coding(ranges.as_chunks().0, factors, |c, x| {
             let (mean, rstd) = (moments[2 * (c / size)], moments[2 * (c / size) + 1]);
-            let factor = rstd * gamma;
-            for y in range.map(|x| (x - mean) * factor + beta) {
-                let y = bound(activation, y);
-                (low, high) = (low.min(y), high.max(y));
-            }
-        }
-        *image = coding(low, high);
+            bound(activation, (x - mean) * (rstd * gamma[c]) + beta[c])
+        });
     }
 }
 
-/// The coding whose codes 1 to 255 span `low <= 0` to `high >= 0`.
-fn coding(low: f32, high: f32) -> Coding {
+/// The coding whose codes 1 to 255 span zero and what `bound` makes of the least and the greatest element of each channel,
+/// times its factor.
+fn coding(ranges: &[[f32; 2]], factors: Option<&[f32]>, bound: impl Fn(usize, f32) -> f32) -> Coding {
+    let (mut low, mut high) = (0f32, 0f32);
+    for (c, range) in ranges.iter().enumerate() {
+        let factor = factors.map_or(1.0, |factors| factors[c]);
+        for y in range.map(|x| bound(c, x) * factor) {
+            (low, high) = (low.min(y), high.max(y));
+        }
+    }
     let scale = (high - low) / 254.0;
     // A span of next to nothing, or of infinity, is coded as nothing.
     if !(1e-30..1e30).contains(&scale) {
@@ -180,19 +181,15 @@ fn coding(low: f32, high: f32) -> Coding {
     Coding { scale, zero: 1 + (-low / scale).round() as i32 }
 }
 
-/// As [`group_codings`] for `x` itself, whose statistics are those of a single group.
+/// As [`group_codings`] for `x * factors`, where the statistics of `x` are those of a single group.
 ///
 /// # Panics
 /// Where shapes don't agree.
-pub fn range_codings(stats: &[f32], channels: usize, images: &mut [Coding]) {
+pub fn range_codings(stats: &[f32], channels: usize, factors: Option<&[f32]>, images: &mut [Coding]) {
     let each = stats_len(1, channels);
     assert_eq!(stats.len(), images.len() * each, "ranges of {} images", images.len());
     for (image, stats) in images.iter_mut().zip(stats.chunks_exact(each)) {
-        let (mut low, mut high) = (0f32, 0f32);
-        for &x in &stats[2..] {
-            (low, high) = (low.min(x), high.max(x));
-        }
-        *image = coding(low, high);
+        *image = coding(stats[2..].as_chunks().0, factors, |_, x| x);
     }
 }
 

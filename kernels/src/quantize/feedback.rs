@@ -61,6 +61,19 @@ impl Moments {
     }
 }
 
+impl Moments {
+    /// Makes them those of inputs multiplied by `factors`.
+    ///
+    /// # Panics
+    /// Where there isn't one for each input.
+    pub fn multiply(&mut self, factors: &[f32]) {
+        assert_eq!(factors.len(), self.k, "factors of {} inputs", self.k);
+        for Line { i, sums } in lines(&mut self.sums, self.k) {
+            sums.iter_mut().zip(factors).for_each(|(sum, f)| *sum *= factors[i] * f);
+        }
+    }
+}
+
 /// A line of a lower triangle.
 #[derive(Debug)]
 pub struct Line<'a> {

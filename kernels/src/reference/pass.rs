@@ -1,8 +1,7 @@
 //! Norms and quantizing in f64.
 #![forbid(unsafe_code)]
 
-use crate::gemm::Activation;
-use crate::pass::{Norm, Source, stats_len};
+use crate::pass::{Norm, Recipe, Source, stats_len};
 use crate::reference::math;
 use crate::view::{ImageShape, Rows};
 
@@ -42,8 +41,9 @@ pub fn group_stats(source: Source<'_>, image: ImageShape, groups: usize, eps: f3
     stats
 }
 
-/// `activation(norm(source))`, `[pixels, columns]`.
-pub fn rows(source: Source<'_>, image: ImageShape, norm: Norm<'_>, activation: Activation) -> Vec<f64> {
+/// `activation(norm(source)) * factors`, `[pixels, columns]`.
+pub fn rows(source: Source<'_>, image: ImageShape, recipe: Recipe<'_>) -> Vec<f64> {
+    let Recipe { norm, activation, factors } = recipe;
     let (mut x, c) = (columns(source, image.pixels()), source.columns());
     for (r, row) in x.chunks_exact_mut(c).enumerate() {
         let n = c as f64;
@@ -62,7 +62,7 @@ pub fn rows(source: Source<'_>, image: ImageShape, norm: Norm<'_>, activation: A
                         + f64::from(beta[i])
                 }
             };
-            *x = math::activation(activation, y);
+            *x = math::activation(activation, y) * factors.map_or(1.0, |factors| f64::from(factors[i]));
         }
     }
     x

@@ -3,44 +3,109 @@
 //! A check looks at a place of the picture and compares its median color, in Lab, with the twelve named colors; `shape`
 //! compares the outline of what differs from the background with those of the eight shapes. A prompt passes when all its
 //! checks do.
+#![forbid(unsafe_code)]
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
-use image::RgbImage;
-use serde_json::Value;
+use engine::error::Result;
+use engine::pipeline::{Latents, Pipeline, Request};
+use serde::Deserialize;
 
-use crate::{data, demo, median};
+use super::measure::median;
+use super::numpy::RandomState;
+use super::trajectory::GoOn;
 
 type Lab = [f64; 3];
 
 /// One of the prompts that are scored.
+#[derive(Clone, Debug, Deserialize)]
 pub struct Prompt {
     /// Its place in the list.
     pub id: usize,
     /// Seed of its noise in numpy's legacy generator.
     pub seed: u32,
-    /// `single`, `count`, `place`, `landscape` or `relation`.
-    pub kind: String,
     /// The words.
     pub prompt: String,
-    checks: Value,
+    checks: Checks,
+}
+
+/// What must be seen; what is absent isn't looked at.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Checks {
+    /// The color of most corners.
+    background: Option<String>,
+    /// Colors at places.
+    colors: Vec<(f64, f64, String)>,
+    /// Shape, its color, the color behind it.
+    shape: Option<[String; 3]>,
+    /// `night`, `day` or `sunset`.
+    sky: Option<String>,
 }
 
 /// The hundred prompts of `eval_prompts.json`.
 pub fn prompts() -> Vec<Prompt> {
-    let text = std::fs::read_to_string(demo().join("eval_prompts.json")).unwrap();
-    let rows: Vec<Value> = serde_json::from_str(&text).unwrap();
-    let rows = rows.into_iter().map(|mut row| Prompt {
-        id: row["id"].as_u64().unwrap() as usize,
-        seed: row["seed"].as_u64().unwrap() as u32,
-        kind: row["kind"].as_str().unwrap().to_string(),
-        prompt: row["prompt"].as_str().unwrap().to_string(),
-        checks: row["checks"].take(),
-    });
-    rows.collect()
+    let text = include_str!("../../../models/demo/eval_prompts.json");
+    serde_json::from_str(text).expect("a list of prompts")
+}
+
+/// Whether `pipeline` is for the demo model, in whatever precision: the one whose pictures can be scored.
+pub fn applies_to(pipeline: &Pipeline) -> bool {
+    let demo = crate::demo::open().expect("the built-in model is sound");
+    let (card, demo) = (pipeline.card(), demo.card());
+    (&card.unet, &card.vae, &card.text_encoders) == (&demo.unet, &demo.vae, &demo.text_encoders)
+}
+
+/// Of every `stride`th prompt, those whose pictures show what they say, and those drawn.
+pub fn score(pipeline: &Pipeline, stride: usize, go_on: GoOn<'_>) -> Result<(Vec<usize>, Vec<usize>)> {
+    let measure = Score::open();
+    let (mut passed, mut drawn) = (vec![], vec![]);
+    for prompt in prompts().iter().step_by(stride) {
+        let noise = RandomState::new(prompt.seed).standard_normal(4 * 16 * 16);
+        let request = Request {
+            steps: 20,
+            guidance_scale: 4.5,
+            sampler: "ddim".into(),
+            init_latents: Some(Latents { shape: [4, 16, 16], data: noise }),
+            ..Request::new(&prompt.prompt, pipeline.card())
+        };
+        let made = pipeline.generate(&request, &mut |_| go_on())?;
+        let picture = Picture { rgb8: &made.rgb8, width: made.width };
+        drawn.push(prompt.id);
+        passed.extend(measure.passes(&picture, prompt).then_some(prompt.id));
+    }
+    Ok((passed, drawn))
+}
+
+/// Pixels `[h, width, 3]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Picture<'a> {
+    /// The pixels.
+    pub rgb8: &'a [u8],
+    /// Pixels of a row.
+    pub width: usize,
+}
+
+impl Picture<'_> {
+    fn height(&self) -> usize {
+        self.rgb8.len() / 3 / self.width
+    }
+
+    fn pixel(&self, x: usize, y: usize) -> [f64; 3] {
+        std::array::from_fn(|channel| f64::from(self.rgb8[3 * (y * self.width + x) + channel]))
+    }
+}
+
+/// `score.json`.
+#[derive(Deserialize)]
+struct File {
+    colors: BTreeMap<String, [f64; 3]>,
+    /// Rows of two hexadecimal digits a pixel.
+    outlines: BTreeMap<String, Vec<String>>,
 }
 
 /// The named colors and the outlines of the shapes.
+#[derive(Debug)]
 pub struct Score {
     colors: Vec<(String, Lab)>,
     outlines: Vec<(String, Vec<f64>)>,
@@ -49,48 +114,40 @@ pub struct Score {
 impl Score {
     /// Reads `score.json`.
     pub fn open() -> Score {
-        let text = std::fs::read_to_string(data().join("score.json")).unwrap();
-        let file: HashMap<String, HashMap<String, Value>> = serde_json::from_str(&text).unwrap();
-        let color = |v: &Value| std::array::from_fn(|i| v[i].as_f64().unwrap());
-        let outline = |v: &Value| {
-            let rows = v.as_array().unwrap().iter().map(|row| row.as_str().unwrap());
-            let pixel = |row: &str, x: usize| u8::from_str_radix(&row[2 * x..2 * x + 2], 16).unwrap() as f64;
-            rows.flat_map(|row| (0..SIDE).map(move |x| pixel(row, x) / 255.)).collect()
+        let text = include_str!("../../../tests/data/score.json");
+        let file: File = serde_json::from_str(text).expect("colors and outlines");
+        let pixel = |row: &str, x: usize| {
+            let byte = u8::from_str_radix(&row[2 * x..2 * x + 2], 16).expect("two hexadecimal digits");
+            f64::from(byte) / 255.
         };
-        let mut colors: Vec<_> = file["colors"].iter().map(|(k, v)| (k.clone(), lab(color(v)))).collect();
-        let mut outlines: Vec<_> = file["outlines"].iter().map(|(k, v)| (k.clone(), outline(v))).collect();
-        colors.sort_by(|a, b| a.0.cmp(&b.0));
-        outlines.sort_by(|a, b| a.0.cmp(&b.0));
-        Score { colors, outlines }
+        let outline =
+            |rows: Vec<String>| rows.iter().flat_map(|row| (0..SIDE).map(|x| pixel(row, x))).collect();
+        Score {
+            colors: file.colors.into_iter().map(|(name, rgb)| (name, lab(rgb))).collect(),
+            outlines: file.outlines.into_iter().map(|(name, rows)| (name, outline(rows))).collect(),
+        }
     }
 
     /// Whether the picture passes all checks of the prompt.
-    pub fn passes(&self, picture: &RgbImage, prompt: &Prompt) -> bool {
-        let checks = prompt.checks.as_object().unwrap();
-        checks.iter().all(|(name, v)| match name.as_str() {
-            "background" => self.background(picture) == v.as_str().unwrap(),
-            "colors" => v.as_array().unwrap().iter().all(|c| {
-                let (x, y) = (c[0].as_f64().unwrap(), c[1].as_f64().unwrap());
-                self.name_at(picture, x, y, 0.045) == c[2].as_str().unwrap()
-            }),
-            "shape" => {
-                let [kind, fore, back] = [0, 1, 2].map(|i| v[i].as_str().unwrap());
-                self.shape(picture, fore, back) == Some(kind)
-            }
-            "sky" => sky(picture, v.as_str().unwrap()),
-            other => panic!("unknown check {other}"),
-        })
+    pub fn passes(&self, picture: &Picture<'_>, prompt: &Prompt) -> bool {
+        let Checks { background, colors, shape, sky: kind } = &prompt.checks;
+        background.as_ref().is_none_or(|name| self.background(picture) == name)
+            && colors.iter().all(|(x, y, name)| self.name_at(picture, *x, *y, 0.045) == name)
+            && shape
+                .as_ref()
+                .is_none_or(|[kind, fore, back]| self.shape(picture, fore, back) == Some(kind.as_str()))
+            && kind.as_ref().is_none_or(|kind| sky(picture, kind))
     }
 
     /// The named color nearest to the median of a square of half side `q` around `(x, y)`, all as shares of the picture.
-    fn name_at(&self, picture: &RgbImage, x: f64, y: f64, q: f64) -> &str {
-        let span = |c: f64, len: u32| {
-            let first = ((c - q).max(0.) * len as f64) as u32;
-            first..(((c + q) * len as f64) as u32 + 1).min(len)
+    fn name_at(&self, picture: &Picture<'_>, x: f64, y: f64, q: f64) -> &str {
+        let span = |c: f64, len: usize| {
+            let first = ((c - q).max(0.) * len as f64) as usize;
+            first..(((c + q) * len as f64) as usize + 1).min(len)
         };
-        let (xs, ys) = (span(x, picture.width()), span(y, picture.height()));
+        let (xs, ys) = (span(x, picture.width), span(y, picture.height()));
         let middle = std::array::from_fn(|channel| {
-            let row = |y| xs.clone().map(move |x| picture.get_pixel(x, y)[channel] as f64);
+            let row = |y| xs.clone().map(move |x| picture.pixel(x, y)[channel]);
             median(&ys.clone().flat_map(row).collect::<Vec<_>>())
         });
         let color = lab(middle);
@@ -98,7 +155,7 @@ impl Score {
     }
 
     /// The color of most corners.
-    fn background(&self, picture: &RgbImage) -> &str {
+    fn background(&self, picture: &Picture<'_>) -> &str {
         let corners = [(0.04, 0.04), (0.96, 0.04), (0.04, 0.96), (0.96, 0.96)];
         let names = corners.map(|(x, y)| self.name_at(picture, x, y, 0.03));
         let count = |name: &str| names.iter().filter(|&&n| n == name).count();
@@ -106,15 +163,15 @@ impl Score {
     }
 
     /// Which shape is drawn in the color `fore` on the color `back`.
-    fn shape(&self, picture: &RgbImage, fore: &str, back: &str) -> Option<&str> {
-        let named = |name| self.colors.iter().find(|c| c.0 == name).unwrap().1;
+    fn shape(&self, picture: &Picture<'_>, fore: &str, back: &str) -> Option<&str> {
+        let named = |name| self.colors.iter().find(|c| c.0 == name).expect("a named color").1;
         let (fore, back) = (named(fore), named(back));
-        let mask: Vec<bool> = picture
-            .pixels()
-            .map(|p| lab(p.0.map(f64::from)))
+        let pixels = (0..picture.height()).flat_map(|y| (0..picture.width).map(move |x| (x, y)));
+        let mask: Vec<bool> = pixels
+            .map(|(x, y)| lab(picture.pixel(x, y)))
             .map(|c| distance(c, fore) < distance(c, back))
             .collect();
-        let got = outline(&mask, picture.width() as usize)?;
+        let got = outline(&mask, picture.width)?;
         let squares = |want: &Vec<f64>| want.iter().zip(&got).map(|(a, b)| (a - b).powi(2)).sum();
         Some(nearest(&self.outlines, squares))
     }
@@ -187,11 +244,11 @@ fn transpose(pixels: &[u8], width: usize) -> Vec<u8> {
 }
 
 /// Whether the mean colors of the upper picture are those of a night, a day or a sunset.
-fn sky(picture: &RgbImage, kind: &str) -> bool {
-    let mean = |rows: std::ops::Range<u32>| -> [f64; 3] {
-        let n = (rows.len() as u32 * picture.width()) as f64;
+fn sky(picture: &Picture<'_>, kind: &str) -> bool {
+    let mean = |rows: std::ops::Range<usize>| -> [f64; 3] {
+        let n = (rows.len() * picture.width) as f64;
         let sum = |channel| {
-            let row = |y| (0..picture.width()).map(move |x| picture.get_pixel(x, y)[channel] as f64);
+            let row = |y| (0..picture.width).map(move |x| picture.pixel(x, y)[channel]);
             rows.clone().flat_map(row).sum::<f64>()
         };
         std::array::from_fn(|channel| sum(channel) / n)
