@@ -13,7 +13,7 @@ use kernels::ceilings::{LayerShape, layer_gops, plain};
 use kernels::gemm::{Activation, kernels};
 use kernels::layout::Encoding;
 use kernels::par::Shared;
-use kernels::pass::{Norm, Source, group_codings, group_stats, operand_pass, stats_len, sums_len};
+use kernels::pass::{Norm, Recipe, Source, group_codings, group_stats, operand_pass, stats_len, sums_len};
 use kernels::view::{Border, Coding, ImageShape, OperandMut, Rows};
 use kernels::{Isa, Workers};
 use sdfast_benches::noise;
@@ -108,23 +108,25 @@ fn passes(workers: &Workers, (batch, side, channels): (usize, usize, usize), tim
         }),
     );
     let norm = Norm::Group { stats: &stats, groups, gamma: &gamma, beta: &beta };
-    group_codings(norm, Activation::Silu, &mut codings);
+    let silu = Recipe { norm, activation: Activation::Silu, factors: None };
+    group_codings(silu, &mut codings);
     line(
         "group norm, SiLU, u8 image",
         rate(3 * n, time, || {
             let out = OperandMut::U8Uniform { codes: &mut codes, images: &codings };
-            operand_pass(workers, isa, source, image, norm, Activation::Silu, out, stride);
+            operand_pass(workers, isa, source, image, silu, out, stride);
         }),
     );
     line(
         "layer norm, u8 rows",
         rate(3 * n, time, || {
             let norm = Norm::Layer { gamma: &gamma, beta: &beta, eps: 1e-5 };
+            let plain = Recipe { norm, activation: Activation::None, factors: None };
             let out = OperandMut::U8 {
                 codes: &mut codes[..rows.operand_rows() * stride],
                 scale: &mut scale[..rows.operand_rows()],
             };
-            operand_pass(workers, isa, source, rows, norm, Activation::None, out, stride);
+            operand_pass(workers, isa, source, rows, plain, out, stride);
         }),
     );
 }
