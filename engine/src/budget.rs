@@ -192,18 +192,15 @@ fn fit(
     let mut smallest = u64::MAX;
     // Values are only made again in the VAE: pictures are what is too large to be kept.
     let picture = matches!(part, Part::VaeDecoder | Part::VaeEncoder);
-    for remake in [false, true] {
-        for ((network, banks), options) in networks
-            .iter()
-            .flat_map(|network| [options, options.small_bands()].map(|options| (network, options)))
-        {
-            let encodings = encodings(network.weights())?;
-            // Steps that make values again read more weights, so a smaller arena may need more.
-            let needs = |plan: &Plan| plan.arena_bytes(*banks) as u64 + window(plan, |_| true);
-            match Plan::fitting(network, &encodings, options, room, remake && picture, needs) {
-                Ok(plan) => return Ok(Ok(pin(part, plan, *banks, room))),
-                Err(least) => smallest = smallest.min(least),
-            }
+    let kept = networks.iter().flat_map(|n| [(n, options, false), (n, options.small_bands(), false)]);
+    let remade = networks.iter().filter(|_| picture).map(|n| (n, options.small_bands(), true));
+    for ((network, banks), options, remake) in kept.chain(remade) {
+        let encodings = encodings(network.weights())?;
+        // Steps that make values again read more weights, so a smaller arena may need more.
+        let needs = |plan: &Plan| plan.arena_bytes(*banks) as u64 + window(plan, |_| true);
+        match Plan::fitting(network, &encodings, options, room, remake, needs) {
+            Ok(plan) => return Ok(Ok(pin(part, plan, *banks, room))),
+            Err(least) => smallest = smallest.min(least),
         }
     }
     Ok(Err(smallest))

@@ -65,15 +65,28 @@ pub(super) struct Band {
     pub(super) ops: Vec<Extent>,
     /// Rows that each of [`Bands::local`] holds.
     pub(super) local: Vec<Range<usize>>,
+    /// What the band before has made and this one needs again, before anything else is done.
+    pub(super) moves: Vec<Move>,
+}
+
+/// Bytes that change their place in a buffer of which only a band exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Move {
+    pub(super) buf: Buf,
+    pub(super) from: usize,
+    pub(super) to: usize,
+    pub(super) bytes: usize,
 }
 
 /// What an operation does for a band.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Extent {
-    /// A pass: rows read. A GEMM: rows written. Sums: rows added.
+    /// A pass: rows read. A GEMM: rows written. Sums: rows added. None where bands before have done it all.
     pub(super) rows: Range<usize>,
-    /// The operand with its border: of a pass, what it writes; of a GEMM, what it reads.
+    /// The operand with its border, as GEMMs read it.
     pub(super) operand: ImageShape,
+    /// Rows of pixels at the top of the operand that are there already; with any, the border above them is too.
+    pub(super) kept: usize,
     /// The first row that a GEMM computes, counted in those that its operand yields.
     pub(super) skip: usize,
 }
@@ -99,6 +112,7 @@ fn window(input: Dims, filter: Filter, border: Border, images: usize, rows: &Ran
         return Extent {
             rows: first..end,
             operand: operand(end - first, border),
+            kept: 0,
             skip: rows.start - 2 * first,
         };
     }
@@ -109,11 +123,21 @@ fn window(input: Dims, filter: Filter, border: Border, images: usize, rows: &Ran
     let first = start.saturating_sub(border.top);
     let last = (end - border.top).min(input.h);
     let bottom = (end - border.top).saturating_sub(input.h);
-    Extent { rows: first..last, operand: operand(last - first, Border { top, bottom, ..border }), skip: 0 }
+    let operand = operand(last - first, Border { top, bottom, ..border });
+    Extent { rows: first..last, operand, kept: 0, skip: 0 }
 }
 
-fn join(a: &Range<usize>, b: &Range<usize>) -> Range<usize> {
-    if a.is_empty() { b.clone() } else { a.start.min(b.start)..a.end.max(b.end) }
+impl Extent {
+    /// What a pass writes, and the operand row (of all with borders) where that begins.
+    pub(super) fn written(&self) -> (ImageShape, usize) {
+        let ImageShape { batch, h, border, .. } = self.operand;
+        if self.kept == 0 {
+            return (self.operand, 0);
+        }
+        assert_eq!(batch, 1, "only bands of one image keep rows");
+        let fresh = ImageShape { h: h - self.kept, border: Border { top: 0, ..border }, ..self.operand };
+        (fresh, (border.top + self.kept) * self.operand.full_w())
+    }
 }
 
 impl Bands {
@@ -122,56 +146,112 @@ impl Bands {
         self.local.iter().position(|(r, _)| r.buf == rows.buf)
     }
 
-    /// Cuts the output into bands of at most `rows` rows (several images count together), multiples of `unit` but for the
-    /// last.
+    /// Cuts the output into bands of at most `rows` rows (several images count together). Sums are taken of `unit` rows, or a
+    /// multiple, at a time.
     pub(super) fn cut(&mut self, rows: usize, unit: usize) {
         let (batch, h) = (self.output.batch, self.output.h);
         let images = (rows / h).clamp(1, batch);
-        let rows = (rows / unit).max(1).saturating_mul(unit).min(h);
-        let mut bands = vec![];
+        let rows = rows.clamp(1, h);
+        let mut bands: Vec<Band> = vec![];
         for image in (0..batch).step_by(images) {
             for y in (0..h).step_by(rows) {
-                bands.push(self.place(image, images.min(batch - image), y..(y + rows).min(h)));
+                let before = bands.last().filter(|_| y > 0);
+                bands.push(self.place(image, images.min(batch - image), y..(y + rows).min(h), unit, before));
             }
         }
         self.bands = bands;
     }
 
-    /// What each operation does for output rows `rows`: from the last to the first, each does what those behind it need.
-    fn place(&self, image: usize, images: usize, rows: Range<usize>) -> Band {
+    /// What each operation does for output rows `rows`, in this order: from the last to the first, each does what those
+    /// behind it need and the band `before` has not done. So every row is made once, and rows of a whole tensor at or above
+    /// those that have been written are not read again.
+    fn place(
+        &self,
+        image: usize,
+        images: usize,
+        rows: Range<usize>,
+        unit: usize,
+        before: Option<&Band>,
+    ) -> Band {
+        // For each local what readers begin and end with.
+        let mut needs: Vec<Option<Range<usize>>> = vec![None; self.local.len()];
         let mut local = vec![0..0; self.local.len()];
         let mut operands: Vec<(Buf, Range<usize>)> = vec![];
         let mut ops: Vec<Extent> = Vec::with_capacity(self.ops.len());
+        let mut moves = vec![];
         let none = ImageShape { batch: images, h: 0, w: 0, border: Border::default() };
-        for op in self.ops.iter().rev() {
-            let mut need = |rows: RowsBuf, range: &Range<usize>| {
-                if let Some(i) = self.local(rows) {
-                    local[i] = join(&local[i], range);
+        for (i, op) in self.ops.iter().enumerate().rev() {
+            let wanted = match op {
+                BandOp::Gemm { out, .. } => self.local(*out).map(|i| needs[i].clone()),
+                _ => None,
+            };
+            let wanted = wanted.map(|range| range.expect("a local is read by what follows"));
+            let mut need = |read: &mut dyn Iterator<Item = RowsBuf>, range: &Range<usize>| {
+                for i in read.filter_map(|rows| self.local(rows)) {
+                    needs[i] = Some(match &needs[i] {
+                        Some(r) => r.start.min(range.start)..r.end.max(range.end),
+                        None => range.clone(),
+                    });
                 }
             };
             ops.push(match op {
                 BandOp::Sums { source, .. } => {
-                    source.iter().flatten().for_each(|r| need(*r, &rows));
-                    Extent { rows: rows.clone(), operand: none, skip: 0 }
+                    let start = before.map_or(rows.start, |b| b.ops[i].rows.end);
+                    need(&mut source.iter().flatten().copied(), &(start..rows.end));
+                    let whole = if rows.end == self.output.h { rows.end } else { rows.end / unit * unit };
+                    Extent { rows: start..whole.max(start), operand: none, kept: 0, skip: 0 }
                 }
                 BandOp::Gemm { operand, residual, out, .. } => {
-                    let range = self.local(*out).map_or(rows.clone(), |i| local[i].clone());
-                    if let ResidualSpec::Rows(r) = residual
-                        && let Some(i) = self.local(*r)
-                    {
-                        local[i] = join(&local[i], &range);
+                    let range = match self.local(*out).zip(wanted) {
+                        None => rows.clone(),
+                        Some((i, wanted)) => {
+                            let held = before.map_or(0..0, |b| b.local[i].clone());
+                            let start = if before.is_some() { held.end } else { wanted.start };
+                            let end = wanted.end.max(start);
+                            local[i] = wanted.start.min(start)..end;
+                            let line = self.local[i].1.w * out.c * out.kind.bytes();
+                            let kept = start - local[i].start;
+                            let from = local[i].start.saturating_sub(held.start) * line;
+                            moves.push(Move { buf: out.buf, from, to: 0, bytes: kept * line });
+                            start..end
+                        }
+                    };
+                    if let ResidualSpec::Rows(r) = residual {
+                        need(&mut [*r].into_iter(), &range);
                     }
                     match operands.iter_mut().find(|(buf, _)| *buf == operand.buf) {
                         Some((_, r)) => assert_eq!(*r, range, "GEMMs of one operand compute the same rows"),
                         None => operands.push((operand.buf, range.clone())),
                     }
-                    Extent { rows: range, operand: none, skip: 0 }
+                    Extent { rows: range, operand: none, kept: 0, skip: 0 }
                 }
                 BandOp::Pass { source, input, filter, border, out, .. } => {
                     let (_, range) =
                         operands.iter().find(|(buf, _)| *buf == out.buf).expect("an operand is read");
-                    let extent = window(*input, *filter, *border, images, range);
-                    source.iter().flatten().for_each(|r| need(*r, &extent.rows));
+                    let extent = match before.map(|b| &b.ops[i]) {
+                        None => window(*input, *filter, *border, images, range),
+                        // Upsampling: the rows before reach far enough.
+                        Some(done) if range.is_empty() => {
+                            Extent { rows: done.rows.end..done.rows.end, kept: done.operand.h, ..*done }
+                        }
+                        Some(done) => {
+                            let mut extent = window(*input, *filter, *border, images, range);
+                            let first = extent.rows.start;
+                            extent.kept = done.rows.end.saturating_sub(first);
+                            extent.rows.start = first.max(done.rows.end);
+                            let was = done.operand.border.top + done.operand.h - extent.kept;
+                            let now = extent.operand.border.top;
+                            let line = |element: usize, rows| rows * extent.operand.full_w() * element;
+                            let mut slide = |buf, element| {
+                                let [from, to, bytes] = [was, now, extent.kept].map(|n| line(element, n));
+                                moves.push(Move { buf, from, to, bytes });
+                            };
+                            slide(out.buf, out.stride * out.kind.bytes());
+                            out.scale.filter(|_| !out.uniform).into_iter().for_each(|scale| slide(scale, 4));
+                            extent
+                        }
+                    };
+                    need(&mut source.iter().flatten().copied(), &extent.rows);
                     extent
                 }
             });
@@ -187,7 +267,8 @@ impl Bands {
                 (ops[i].operand, ops[i].skip) = (from.operand, from.skip);
             }
         }
-        Band { image, images, rows, ops, local }
+        moves.retain(|m| m.bytes > 0 && m.from != m.to);
+        Band { image, images, rows, ops, local, moves }
     }
 
     /// The images that `rows` are of.
@@ -314,14 +395,19 @@ mod tests {
                     let mut b = Bands { output: out, ops, local: vec![], bands: vec![] };
                     b.cut(rows_each, unit);
                     let mut seen = vec![0; batch * out.h];
+                    let mut read = 0;
                     for band in &b.bands {
                         assert!(band.images == 1 || band.rows == (0..out.h));
-                        assert!(band.rows.start % unit == 0);
                         for i in band.image..band.image + band.images {
                             band.rows.clone().for_each(|y| seen[i * out.h + y] += 1);
                         }
                         let win = &band.ops[0];
                         assert!(win.rows.end <= h);
+                        // Every row is read by one band of an image.
+                        let fresh = if band.rows.start == 0 { 0 } else { read };
+                        assert!(win.rows.start == fresh || win.kept == 0);
+                        read = win.rows.end;
+                        let held = win.rows.start - win.kept..win.rows.end;
                         let (oh, _) = filter.output(&win.operand);
                         if filter.upsample {
                             assert!(win.skip + band.rows.len() <= oh);
@@ -331,13 +417,13 @@ mod tests {
                                     let Some(d) = (y + tap).checked_sub(1).filter(|d| *d < 2 * h) else {
                                         continue;
                                     };
-                                    assert!(win.rows.contains(&(d / 2)));
+                                    assert!(held.contains(&(d / 2)));
                                 }
                             }
                         } else {
                             assert_eq!(oh, band.rows.len());
                             let start = (band.rows.start * filter.stride) as isize - border.top as isize;
-                            assert_eq!(win.rows.start as isize - win.operand.border.top as isize, start);
+                            assert_eq!(held.start as isize - win.operand.border.top as isize, start);
                         }
                     }
                     assert!(seen.iter().all(|&n| n == 1), "{filter:?} {h} {rows_each} {batch}");
@@ -346,9 +432,9 @@ mod tests {
         }
     }
 
-    /// A value inside is made for the rows that the filter behind it reaches, and is large enough for every band.
+    /// A value inside is ahead of the band by what the filters behind it reach, and every row of it is made once.
     #[test]
-    fn a_chain_grows_by_its_filters() {
+    fn a_chain_runs_ahead_by_its_filters() {
         let conv = |upsample| Filter { kh: 3, kw: 3, stride: 1, upsample };
         let input = Dims { batch: 1, h: 8, w: 4 };
         let doubled = output(input, conv(true), ONE);
@@ -359,16 +445,22 @@ mod tests {
         let mut b = Bands { output: doubled, ops, local, bands: vec![] };
         b.cut(4, 1);
         assert_eq!(b.bands.len(), 4);
+        let made = |op: usize| b.bands.iter().map(|band| band.ops[op].rows.clone()).collect::<Vec<_>>();
+        assert_eq!(made(1), [0..6, 6..10, 10..14, 14..16]); // two rows ahead
+        assert_eq!(made(3), [0..5, 5..9, 9..13, 13..16]);
+        assert_eq!(made(5), [0..4, 4..8, 8..12, 12..16]);
         let middle = &b.bands[1]; // rows 4 to 8
-        assert_eq!(middle.local, [2..10, 3..9]);
-        assert_eq!((middle.ops[0].rows.clone(), middle.ops[1].skip), (0..6, 2));
-        assert_eq!(b.bands[0].local, [0..6, 0..5]);
+        assert_eq!(middle.local, [6..10, 5..9]); // behind them passes keep what they need again
+        assert_eq!((middle.ops[0].rows.clone(), middle.ops[0].kept, middle.ops[1].skip), (4..6, 2, 2));
+        let line = (4 + 2) * 64 * 4; // pixels with their border, elements, bytes
+        let slide = Move { buf: 10, from: 3 * line, to: line, bytes: 2 * line };
+        assert!(middle.moves.contains(&slide), "{:?}", middle.moves);
         let mut most = 0;
         b.sizes(|buf, bytes| {
             if buf == 1 {
                 most = most.max(bytes)
             }
         });
-        assert_eq!(most, 8 * 8 * 4);
+        assert_eq!(most, 6 * 8 * 4);
     }
 }

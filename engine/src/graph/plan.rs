@@ -43,8 +43,8 @@ impl Plan {
     }
 
     /// As [`Plan::new`], where what it `needs` is at most `room`; otherwise the least that any of these plans needs. With
-    /// `remake`, values are made again by each of their readers, band by band, in place of being kept as a whole, as few and
-    /// as small as it takes. The result is the same.
+    /// `remake`, values are made again by each of their readers, band by band, in place of being kept as a whole: those that
+    /// cost the least work for the memory they free. The result is the same.
     pub fn fitting(
         network: &Network,
         encodings: &[Option<Encoding>],
@@ -53,26 +53,87 @@ impl Plan {
         remake: bool,
         needs: impl Fn(&Plan) -> u64,
     ) -> Result<Plan, u64> {
-        let (mut remade, mut least) = (vec![], u64::MAX);
-        loop {
-            let plan = Plan::remaking(network, encodings, options, &remade);
-            let needed = needs(&plan);
-            if needed <= room {
-                return Ok(plan);
-            }
-            least = least.min(needed);
-            remade.push(plan.largest_at_peak(network).filter(|_| remake).ok_or(least)?);
+        let planned = |remade: &[Tensor]| Plan::remaking(network, encodings, options, remade);
+        let whole = planned(&[]);
+        let mut least = needs(&whole);
+        if least <= room {
+            return Ok(whole);
         }
+        let over = (least - room) as usize;
+        let target = whole.transient_bytes.saturating_sub(over);
+        // A choice that looks well at first may lead nowhere; aiming lower takes another way.
+        for part in (3..=8).rev().filter(|_| remake) {
+            let (mut plan, mut remade) = (whole.clone(), vec![]);
+            while needs(&plan) > room
+                && let Some((t, next)) = plan.without_one(network, target / 8 * part, |t| {
+                    planned(&[&remade[..], &[t]].concat())
+                })
+            {
+                remade.push(t);
+                plan = next;
+                least = least.min(needs(&plan));
+            }
+            if needs(&plan) > room {
+                continue;
+            }
+            // Some that were given up early may not be in the way of the others.
+            for t in remade.clone() {
+                let fewer: Vec<Tensor> = remade.iter().copied().filter(|&other| other != t).collect();
+                let tried = planned(&fewer);
+                if needs(&tried) <= room && tried.operations() <= plan.operations() {
+                    (plan, remade) = (tried, fewer);
+                }
+            }
+            return Ok(plan);
+        }
+        Err(least)
     }
 
-    /// Of the values that are in memory when most is, the largest that could be made again.
-    fn largest_at_peak(&self, network: &Network) -> Option<Tensor> {
-        let held = |at: usize| self.lives.iter().filter(move |l| l.first <= at && at <= l.last);
-        let peak = (0..=self.steps.len()).max_by_key(|&at| held(at).map(|l| l.bytes).sum::<usize>())?;
-        let there = |buf: Buf| self.lives[buf].first <= peak && peak <= self.lives[buf].last;
-        let whole = self.rows.iter().filter(|(t, r)| there(r.buf) && can_be_remade(network, *t));
-        let (t, _) = whole.max_by_key(|(_, r)| self.lives[r.buf].bytes)?;
-        Some(*t)
+    /// The value whose making again costs the least work for what it frees of the bytes held beyond `target`, or frees the
+    /// most where all cost more than they free, and the plan that `planned` gives without it.
+    fn without_one(
+        &self,
+        network: &Network,
+        target: usize,
+        planned: impl Fn(Tensor) -> Plan,
+    ) -> Option<(Tensor, Plan)> {
+        let (excess, operations) = (self.excess(target) as f64, self.operations() as f64);
+        let rank = |tried: &Plan| {
+            let freed = excess - tried.excess(target) as f64;
+            let cost = tried.operations() as f64 - operations;
+            if freed > 0.0 { (0, cost / freed) } else { (1, -freed) }
+        };
+        let tried = self.held_beyond(target).filter(|t| can_be_remade(network, *t)).map(|t| {
+            let plan = planned(t);
+            (rank(&plan), t, plan)
+        });
+        let best = tried.min_by(|((a, x), ..), ((b, y), ..)| a.cmp(b).then(x.total_cmp(y)));
+        best.map(|(_, t, plan)| (t, plan))
+    }
+
+    /// Bytes that are held at step `at`.
+    fn held(&self, at: usize) -> usize {
+        self.lives.iter().filter(|l| l.first <= at && at <= l.last).map(|l| l.bytes).sum()
+    }
+
+    /// Bytes that are held beyond `target`, added up over all steps.
+    fn excess(&self, target: usize) -> usize {
+        (0..=self.steps.len()).map(|at| self.held(at).saturating_sub(target)).sum()
+    }
+
+    /// The values that are in memory, as a whole, when more than `target` is.
+    fn held_beyond(&self, target: usize) -> impl Iterator<Item = Tensor> {
+        let steps: Vec<usize> = (0..=self.steps.len()).filter(|&at| self.held(at) > target).collect();
+        let held = |r: &RowsBuf| {
+            let life = &self.lives[r.buf];
+            steps.iter().any(|&at| life.first <= at && at <= life.last)
+        };
+        self.rows.iter().filter(|(_, r)| held(r)).map(|(t, _)| *t).collect::<Vec<_>>().into_iter()
+    }
+
+    /// Multiplications and additions of all steps.
+    pub fn operations(&self) -> u64 {
+        self.steps.iter().map(|s| s.operations(&self.weights)).sum()
     }
 
     fn remaking(
