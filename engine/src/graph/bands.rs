@@ -48,8 +48,10 @@ pub(super) struct Bands {
     pub(super) ops: Vec<BandOp>,
     /// Plain rows of one band only, with the images they are of; all other rows are whole tensors.
     pub(super) local: Vec<(RowsBuf, Dims)>,
-    /// Filled by [`Bands::cut`].
-    pub(super) bands: Vec<Band>,
+    /// Rows of a band, several images together.
+    pub(super) rows: usize,
+    /// Rows of which sums are taken at a time, or a multiple.
+    pub(super) unit: usize,
 }
 
 /// Some output rows of some images, and what each operation does for them.
@@ -146,20 +148,43 @@ impl Bands {
         self.local.iter().position(|(r, _)| r.buf == rows.buf)
     }
 
-    /// Cuts the output into bands of at most `rows` rows (several images count together). Sums are taken of `unit` rows, or a
-    /// multiple, at a time.
-    pub(super) fn cut(&mut self, rows: usize, unit: usize) {
-        let (batch, h) = (self.output.batch, self.output.h);
-        let images = (rows / h).clamp(1, batch);
-        let rows = rows.clamp(1, h);
-        let mut bands: Vec<Band> = vec![];
-        for image in (0..batch).step_by(images) {
-            for y in (0..h).step_by(rows) {
-                let before = bands.last().filter(|_| y > 0);
-                bands.push(self.place(image, images.min(batch - image), y..(y + rows).min(h), unit, before));
-            }
-        }
-        self.bands = bands;
+    /// Work over `output`, in one band.
+    pub(super) fn new(output: Dims, ops: Vec<BandOp>, local: Vec<(RowsBuf, Dims)>) -> Bands {
+        Bands { output, ops, local, rows: output.batch * output.h, unit: 1 }
+    }
+
+    /// How many bands there are.
+    pub(super) fn count(&self) -> usize {
+        let Dims { batch, h, .. } = self.output;
+        batch.div_ceil(self.images()) * h.div_ceil(self.rows.min(h))
+    }
+
+    /// Images of a band.
+    fn images(&self) -> usize {
+        (self.rows / self.output.h).clamp(1, self.output.batch)
+    }
+
+    /// The band behind `before`, or the first.
+    pub(super) fn next(&self, before: Option<&Band>) -> Option<Band> {
+        let Dims { batch, h, .. } = self.output;
+        let rows = |y: usize| y..(y + self.rows).min(h);
+        let (image, before) = match before {
+            None => (0, None),
+            Some(b) if b.rows.end < h => (b.image, before),
+            Some(b) => (b.image + b.images, None),
+        };
+        let images = self.images().min(batch - image);
+        (images > 0).then(|| self.place(image, images, rows(before.map_or(0, |b| b.rows.end)), before))
+    }
+
+    /// All bands.
+    fn each(&self) -> impl Iterator<Item = Band> + '_ {
+        let mut last: Option<Band> = None;
+        std::iter::from_fn(move || {
+            let next = self.next(last.as_ref())?;
+            last = Some(next.clone());
+            Some(next)
+        })
     }
 
     /// What each operation does for output rows `rows`, in this order: from the last to the first, each does what those
@@ -170,7 +195,6 @@ impl Bands {
         image: usize,
         images: usize,
         rows: Range<usize>,
-        unit: usize,
         before: Option<&Band>,
     ) -> Band {
         // For each local what readers begin and end with.
@@ -198,7 +222,7 @@ impl Bands {
                 BandOp::Sums { source, .. } => {
                     let start = before.map_or(rows.start, |b| b.ops[i].rows.end);
                     need(&mut source.iter().flatten().copied(), &(start..rows.end));
-                    let whole = if rows.end == self.output.h { rows.end } else { rows.end / unit * unit };
+                    let whole = if rows.end == self.output.h { rows.end } else { rows.end / self.unit * self.unit };
                     Extent { rows: start..whole.max(start), operand: none, kept: 0, skip: 0 }
                 }
                 BandOp::Gemm { operand, residual, out, .. } => {
@@ -276,18 +300,20 @@ impl Bands {
         self.local(rows).map_or(self.output, |i| self.local[i].1)
     }
 
-    /// Multiplications and additions of `op` on a band.
-    pub(super) fn operations(
-        &self,
-        op: &BandOp,
-        band: &Band,
-        extent: &Extent,
-        weights: &[WeightSpec],
-    ) -> u64 {
-        let BandOp::Gemm { weight, out, .. } = op else { return 0 };
-        let rows = band.images * extent.rows.len() * self.dims(*out).w;
+    /// Multiplications and additions for so many pixels of what `op` writes.
+    fn products(op: &BandOp, pixels: usize, weights: &[WeightSpec]) -> u64 {
+        let BandOp::Gemm { weight, .. } = op else { return 0 };
         let s = weights[*weight].kind.shape().expect("a GEMM has a matrix");
-        2 * (rows * s.n * s.taps * s.k) as u64
+        2 * (pixels * s.n * s.taps * s.k) as u64
+    }
+
+    /// Multiplications and additions of all bands.
+    pub(super) fn operations(&self, weights: &[WeightSpec]) -> u64 {
+        let of = |op: &BandOp| match op {
+            BandOp::Gemm { out, .. } => Bands::products(op, self.dims(*out).pixels(), weights),
+            _ => 0,
+        };
+        self.ops.iter().map(of).sum()
     }
 
     /// What `op` does on a band.
@@ -295,6 +321,7 @@ impl Bands {
         let pixels = |w: usize| band.images * extent.rows.len() * w;
         let source = |s: &SourceBufs, w| s.iter().flatten().map(|r| r.bytes(pixels(w))).sum::<u64>();
         let operand = |o: &OperandBuf| (extent.operand.operand_rows() * o.stride * o.kind.bytes()) as u64;
+        let mut operations = 0;
         let (kind, bytes) = match op {
             BandOp::Pass { source: s, input, norm, out, .. } => {
                 let kind = match norm {
@@ -311,18 +338,19 @@ impl Bands {
                     ResidualSpec::Rows(r) => r.bytes(pixels),
                     ResidualSpec::InPlace => out.bytes(pixels),
                 };
+                operations = Bands::products(op, pixels, plan.weights());
                 let taps = plan.weights()[*weight].kind.shape().expect("a GEMM has a matrix").taps;
                 let kind = if taps > 1 { "conv" } else { "linear" };
                 (kind, operand(o) + plan.stored_bytes(*weight) as u64 + residual + out.bytes(pixels))
             }
             BandOp::Sums { source: s, .. } => ("statistics", source(s, self.output.w)),
         };
-        Work { kind, operations: self.operations(op, band, extent, plan.weights()), bytes }
+        Work { kind, operations, bytes }
     }
 
     /// Calls `size` with each buffer of which only a band exists, and the bytes it needs.
     pub(super) fn sizes(&self, mut size: impl FnMut(Buf, usize)) {
-        for band in &self.bands {
+        for band in self.samples() {
             for ((r, dims), range) in self.local.iter().zip(&band.local) {
                 size(r.buf, band.images * range.len() * dims.w * r.c * r.kind.bytes());
             }
@@ -337,6 +365,15 @@ impl Bands {
         }
     }
 
+    /// Bands that hold as much as any: those of the first image, where filters no longer meet its top, until what they do
+    /// begins again.
+    fn samples(&self) -> impl Iterator<Item = Band> + '_ {
+        let filters = self.ops.iter().filter(|op| matches!(op, BandOp::Pass { .. })).count();
+        let period = lcm(lcm(self.rows, self.unit), 1 << filters.min(4));
+        let enough = 2 * period + 4 * filters + 2 * self.rows;
+        self.each().take_while(move |band| band.image == 0 && band.rows.start < enough)
+    }
+
     /// Bytes of the buffers of which only a band exists.
     pub(super) fn local_bytes(&self) -> usize {
         let mut sizes = std::collections::HashMap::new();
@@ -346,6 +383,14 @@ impl Bands {
         });
         sizes.values().sum()
     }
+}
+
+fn lcm(a: usize, b: usize) -> usize {
+    let (mut x, mut y) = (a, b);
+    while y > 0 {
+        (x, y) = (y, x % y);
+    }
+    a / x * b
 }
 
 #[cfg(test)]
@@ -392,11 +437,10 @@ mod tests {
                     let input = Dims { batch, h, w: 5 };
                     let out = output(input, filter, border);
                     let ops = layer(9, rows(0), input, filter, border, rows(1)).to_vec();
-                    let mut b = Bands { output: out, ops, local: vec![], bands: vec![] };
-                    b.cut(rows_each, unit);
+                    let b = Bands { rows: rows_each, unit, ..Bands::new(out, ops, vec![]) };
                     let mut seen = vec![0; batch * out.h];
                     let mut read = 0;
-                    for band in &b.bands {
+                    for band in b.each() {
                         assert!(band.images == 1 || band.rows == (0..out.h));
                         for i in band.image..band.image + band.images {
                             band.rows.clone().for_each(|y| seen[i * out.h + y] += 1);
@@ -442,14 +486,14 @@ mod tests {
         ops.extend(layer(11, rows(1), doubled, conv(false), ONE, rows(2)));
         ops.extend(layer(12, rows(2), doubled, conv(false), ONE, rows(3)));
         let local = vec![(rows(1), doubled), (rows(2), doubled)];
-        let mut b = Bands { output: doubled, ops, local, bands: vec![] };
-        b.cut(4, 1);
-        assert_eq!(b.bands.len(), 4);
-        let made = |op: usize| b.bands.iter().map(|band| band.ops[op].rows.clone()).collect::<Vec<_>>();
+        let b = Bands { rows: 4, ..Bands::new(doubled, ops, local) };
+        let bands: Vec<Band> = b.each().collect();
+        assert_eq!((bands.len(), b.count()), (4, 4));
+        let made = |op: usize| bands.iter().map(|band| band.ops[op].rows.clone()).collect::<Vec<_>>();
         assert_eq!(made(1), [0..6, 6..10, 10..14, 14..16]); // two rows ahead
         assert_eq!(made(3), [0..5, 5..9, 9..13, 13..16]);
         assert_eq!(made(5), [0..4, 4..8, 8..12, 12..16]);
-        let middle = &b.bands[1]; // rows 4 to 8
+        let middle = &bands[1]; // rows 4 to 8
         assert_eq!(middle.local, [6..10, 5..9]); // behind them passes keep what they need again
         assert_eq!((middle.ops[0].rows.clone(), middle.ops[0].kept, middle.ops[1].skip), (4..6, 2, 2));
         let line = (4 + 2) * 64 * 4; // pixels with their border, elements, bytes
@@ -462,5 +506,37 @@ mod tests {
             }
         });
         assert_eq!(most, 6 * 8 * 4);
+    }
+
+    /// No band holds more than the samples do.
+    #[test]
+    fn samples_hold_as_much_as_any_band() {
+        let conv = |upsample| Filter { kh: 3, kw: 3, stride: 1, upsample };
+        for (h, each, unit) in
+            [(64, 4, 8), (96, 4, 12), (100, 3, 7), (61, 1, 5), (128, 8, 16), (128, 5, 16), (80, 2, 1)]
+        {
+            let input = Dims { batch: 1, h, w: 2 };
+            let doubled = output(input, conv(true), ONE);
+            let mut ops = layer(10, rows(0), input, conv(true), ONE, rows(1)).to_vec();
+            ops.extend(layer(11, rows(1), doubled, conv(false), ONE, rows(2)));
+            ops.extend(layer(12, rows(1), doubled, Filter::POINT, Border::default(), rows(3)));
+            ops.extend(layer(13, rows(2), doubled, conv(false), ONE, rows(4)));
+            ops.push(BandOp::Sums { source: [Some(rows(4)), Some(rows(3))], groups: 1, sums: 20 });
+            let local = (1..5).map(|i| (rows(i), doubled)).collect();
+            let b = Bands { rows: each, unit, ..Bands::new(doubled, ops, local) };
+            let most = |bands: &mut dyn Iterator<Item = Band>| {
+                let (mut held, mut operands) = ([0; 4], [0; 4]);
+                for band in bands {
+                    for (most, r) in held.iter_mut().zip(&band.local) {
+                        *most = r.len().max(*most);
+                    }
+                    for (most, op) in operands.iter_mut().zip([0, 2, 4, 6]) {
+                        *most = band.ops[op].operand.full_h().max(*most);
+                    }
+                }
+                (held, operands)
+            };
+            assert_eq!(most(&mut b.samples()), most(&mut b.each()), "{h} {each} {unit}");
+        }
     }
 }

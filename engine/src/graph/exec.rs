@@ -359,7 +359,12 @@ impl<'a> Session<'a> {
         let (workers, isa) = (self.workers, self.isa);
         let all = |r: RowsBuf, pixels: usize| self.rows(r, bank, 0..pixels);
         if let Op::Bands(bands) = &step.op {
-            return bands.bands.iter().for_each(|band| self.band(&step.path, bands, band, bank));
+            let mut last = None;
+            while let Some(band) = bands.next(last.as_ref()) {
+                self.band(&step.path, bands, &band, bank);
+                last = Some(band);
+            }
+            return;
         }
         let clock = self.profile.map(|profile| (profile, Instant::now()));
         match step.op {

@@ -328,7 +328,7 @@ impl Lowering<'_> {
 
     fn chain_step(&mut self, t: Tensor, chain: Chain) {
         let Chain { output, ops, local, weights, .. } = chain;
-        self.step(t, Op::Bands(Bands { output, ops, local, bands: vec![] }), weights);
+        self.step(t, Op::Bands(Bands::new(output, ops, local)), weights);
     }
 
     fn operand_kind(&self, weight: usize) -> OperandKind {
@@ -573,7 +573,7 @@ fn flat(dims: Dims) -> Dims {
 fn cut_bands(b: &mut Bands, options: Options, weights: usize) {
     let image = ImageShape { batch: b.output.batch, h: b.output.h, w: b.output.w, border: Border::default() };
     let sums = b.ops.iter().any(|op| matches!(op, BandOp::Sums { .. }));
-    let unit = if sums { sums_rows(&image) } else { 1 };
+    b.unit = if sums { sums_rows(&image) } else { 1 };
     let passes =
         b.ops.iter().filter(|op| matches!(op, BandOp::Pass { filter, .. } if *filter != Filter::POINT));
     let (target, least) = match passes.count() > 1 || sums {
@@ -581,14 +581,8 @@ fn cut_bands(b: &mut Bands, options: Options, weights: usize) {
         // Writing and reading what a band holds costs as much as reading as many weights.
         false => ((2 * weights).min(options.heavy_band_bytes).max(options.band_bytes), 1),
     };
-    let all = b.output.batch * b.output.h;
     // Halving finds the size soon enough: bands need not be as large as can be.
-    let mut rows = all;
-    loop {
-        b.cut(rows, unit);
-        if rows <= least || b.local_bytes() <= target {
-            return;
-        }
-        rows = (rows / 2).max(least);
+    while b.rows > least && b.local_bytes() > target {
+        b.rows = (b.rows / 2).max(least);
     }
 }

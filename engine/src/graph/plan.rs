@@ -111,24 +111,33 @@ impl Plan {
         best.map(|(_, t, plan)| (t, plan))
     }
 
-    /// Bytes that are held at step `at`.
-    fn held(&self, at: usize) -> usize {
-        self.lives.iter().filter(|l| l.first <= at && at <= l.last).map(|l| l.bytes).sum()
+    /// Bytes that are held at each step, and after the last.
+    fn held(&self) -> Vec<usize> {
+        let mut change = vec![0isize; self.steps.len() + 2];
+        for life in self.lives.iter().filter(|l| l.first <= l.last) {
+            change[life.first] += life.bytes as isize;
+            change[life.last + 1] -= life.bytes as isize;
+        }
+        let sum = |held: &mut isize, change: &isize| {
+            *held += change;
+            Some(*held as usize)
+        };
+        change[..=self.steps.len()].iter().scan(0, sum).collect()
     }
 
     /// Bytes that are held beyond `target`, added up over all steps.
     fn excess(&self, target: usize) -> usize {
-        (0..=self.steps.len()).map(|at| self.held(at).saturating_sub(target)).sum()
+        self.held().into_iter().map(|held| held.saturating_sub(target)).sum()
     }
 
     /// The values that are in memory, as a whole, when more than `target` is.
     fn held_beyond(&self, target: usize) -> impl Iterator<Item = Tensor> {
-        let steps: Vec<usize> = (0..=self.steps.len()).filter(|&at| self.held(at) > target).collect();
-        let held = |r: &RowsBuf| {
+        let held = self.held();
+        let beyond = |r: &RowsBuf| {
             let life = &self.lives[r.buf];
-            steps.iter().any(|&at| life.first <= at && at <= life.last)
+            life.first <= life.last && held[life.first..=life.last].iter().any(|&held| held > target)
         };
-        self.rows.iter().filter(|(_, r)| held(r)).map(|(t, _)| *t).collect::<Vec<_>>().into_iter()
+        self.rows.iter().filter(|(_, r)| beyond(r)).map(|(t, _)| *t).collect::<Vec<_>>().into_iter()
     }
 
     /// Multiplications and additions of all steps.
