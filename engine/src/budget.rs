@@ -21,6 +21,9 @@ const SLACK_BYTES: u64 = 12 << 20;
 const TOKENIZER_BYTES: u64 = 12 << 20;
 /// The system maps a file in pieces of this size, so a step may hold so much more at either end of its weights.
 const FAULT_BYTES: u64 = 64 << 10;
+/// Multiplications and additions of a step for each byte of weights, from which on meeting these twice is a small part of the
+/// time: of the order of what a core does while it reads a byte is some hundred.
+const OPERATIONS_PER_BYTE: u64 = 4000;
 /// Memory that is left to others where no budget is given: a part of what is free, at least this.
 const MARGIN_BYTES: u64 = 128 << 20;
 
@@ -134,7 +137,7 @@ pub fn plan(
     let tokens = card.text_encoders.first().map_or(77, |c| c.max_position_embeddings);
     let passes = |batch| unet(&card.unet, UnetInput { batch, h: run.h, w: run.w, tokens });
     let mut denoisers = vec![(passes(run.prompts), 1)];
-    if run.prompts > 1 {
+    if run.prompts > 1 && takes_turns(&denoisers[0].0, encodings, options(Part::Unet))? {
         denoisers.push((passes(1), run.prompts));
     }
     parts.push((Part::Unet, denoisers));
@@ -171,6 +174,12 @@ pub fn plan(
         return Err(Error::Ram { budget, needed });
     }
     Ok(MemoryPlan { budget, predicted_peak: peak, parts: planned, keeps: false })
+}
+
+/// Whether the guidance passes may take turns: where that doesn't slow a step down much, though every weight is met twice.
+fn takes_turns(together: &Network, encodings: &Encodings<'_>, options: Options) -> Result<bool> {
+    let plan = Plan::new(together, &encodings(together.weights())?, options);
+    Ok(plan.operations() >= OPERATIONS_PER_BYTE * plan.weight_bytes() as u64)
 }
 
 /// `plan` with all its weights in memory.

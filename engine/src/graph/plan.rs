@@ -10,6 +10,9 @@ use super::lower::{Lowered, Options, lower};
 use super::steps::{Buf, Op, RowsBuf, Step};
 use super::weight::{WeightKind, WeightSpec};
 
+/// How many times the work of a network making values again may come to.
+const MOST_WORK: u64 = 4;
+
 /// A network lowered for a precision and the encodings of a file: steps over one arena.
 ///
 /// The arena begins with `banks` copies of what outlives a step (values of rate [`Rate::Run`] that steps read), so that the
@@ -44,7 +47,7 @@ impl Plan {
 
     /// As [`Plan::new`], where what it `needs` is at most `room`; otherwise the least that any of these plans needs. With
     /// `remake`, values are made again by each of their readers, band by band, in place of being kept as a whole: those that
-    /// cost the least work for the memory they free. The result is the same.
+    /// cost the least work for the memory they free, as long as it all stays below four times the work. The result is the same.
     pub fn fitting(
         network: &Network,
         encodings: &[Option<Encoding>],
@@ -61,17 +64,18 @@ impl Plan {
         }
         let over = (least - room) as usize;
         let target = whole.transient_bytes.saturating_sub(over);
-        // A choice that looks well at first may lead nowhere; aiming lower takes another way.
-        for part in (3..=8).rev().filter(|_| remake) {
+        // A choice that looks well at first may lead nowhere; aiming lower takes another way. The lowest does not depend on the
+        // room: what is said to be needed is enough.
+        for aim in [target, target / 4 * 3, target / 2, 0].into_iter().filter(|_| remake) {
             let (mut plan, mut remade) = (whole.clone(), vec![]);
             while needs(&plan) > room
-                && let Some((t, next)) = plan.without_one(network, target / 8 * part, |t| {
-                    planned(&[&remade[..], &[t]].concat())
-                })
+                && let Some((t, next)) =
+                    plan.without_one(network, aim, |t| planned(&[&remade[..], &[t]].concat()))
+                && next.operations() <= MOST_WORK * whole.operations()
             {
                 remade.push(t);
                 plan = next;
-                least = least.min(needs(&plan));
+                least = if aim == 0 { least.min(needs(&plan)) } else { least };
             }
             if needs(&plan) > room {
                 continue;
