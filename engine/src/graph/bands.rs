@@ -190,13 +190,7 @@ impl Bands {
     /// What each operation does for output rows `rows`, in this order: from the last to the first, each does what those
     /// behind it need and the band `before` has not done. So every row is made once, and rows of a whole tensor at or above
     /// those that have been written are not read again.
-    fn place(
-        &self,
-        image: usize,
-        images: usize,
-        rows: Range<usize>,
-        before: Option<&Band>,
-    ) -> Band {
+    fn place(&self, image: usize, images: usize, rows: Range<usize>, before: Option<&Band>) -> Band {
         // For each local what readers begin and end with.
         let mut needs: Vec<Option<Range<usize>>> = vec![None; self.local.len()];
         let mut local = vec![0..0; self.local.len()];
@@ -222,7 +216,8 @@ impl Bands {
                 BandOp::Sums { source, .. } => {
                     let start = before.map_or(rows.start, |b| b.ops[i].rows.end);
                     need(&mut source.iter().flatten().copied(), &(start..rows.end));
-                    let whole = if rows.end == self.output.h { rows.end } else { rows.end / self.unit * self.unit };
+                    let whole =
+                        if rows.end == self.output.h { rows.end } else { rows.end / self.unit * self.unit };
                     Extent { rows: start..whole.max(start), operand: none, kept: 0, skip: 0 }
                 }
                 BandOp::Gemm { operand, residual, out, .. } => {

@@ -307,7 +307,8 @@ impl Lowering<'_> {
             operand
         } else {
             let kind = self.operand_kind(weight);
-            let input = if chain.flat { flat(self.network.values[x.0].dims) } else { self.network.values[x.0].dims };
+            let input =
+                if chain.flat { flat(self.network.values[x.0].dims) } else { self.network.values[x.0].dims };
             let (source, norm, pass_activation) = if let Some(Join::Inner(rows)) = join {
                 ([Some(rows), None], NormSpec::None, Activation::None)
             } else {
@@ -317,7 +318,15 @@ impl Lowering<'_> {
                 (self.chain_source(chain, from, input), norm, activation)
             };
             let out = self.new_operand(kind, self.network.values[x.0].c, filter, norm);
-            chain.ops.push(BandOp::Pass { source, input, filter, border, norm, activation: pass_activation, out });
+            chain.ops.push(BandOp::Pass {
+                source,
+                input,
+                filter,
+                border,
+                norm,
+                activation: pass_activation,
+                out,
+            });
             out
         };
         let image_bias = image_bias.map(|t| self.rows_of(t).buf);

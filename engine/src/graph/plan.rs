@@ -58,27 +58,25 @@ impl Plan {
     ) -> Result<Plan, u64> {
         let planned = |remade: &[Tensor]| Plan::remaking(network, encodings, options, remade);
         let whole = planned(&[]);
-        let mut least = needs(&whole);
+        let least = needs(&whole);
         if least <= room {
             return Ok(whole);
         }
-        let over = (least - room) as usize;
-        let target = whole.transient_bytes.saturating_sub(over);
-        // A choice that looks well at first may lead nowhere; aiming lower takes another way. The lowest does not depend on the
-        // room: what is said to be needed is enough.
-        for aim in [target, target / 4 * 3, target / 2, 0].into_iter().filter(|_| remake) {
-            let (mut plan, mut remade) = (whole.clone(), vec![]);
-            while needs(&plan) > room
-                && let Some((t, next)) =
-                    plan.without_one(network, aim, |t| planned(&[&remade[..], &[t]].concat()))
-                && next.operations() <= MOST_WORK * whole.operations()
-            {
+        if !remake {
+            return Err(least);
+        }
+        // Gives up values until the rest fits; aims at so many bytes of arena.
+        let search = |aim: usize| -> Result<Plan, u64> {
+            let (mut plan, mut remade, mut least) = (whole.clone(), vec![], least);
+            while least > room {
+                let without = |t| planned(&[&remade[..], &[t]].concat());
+                let (t, next) = plan.without_one(network, aim, without).ok_or(least)?;
+                if next.operations() > MOST_WORK * whole.operations() {
+                    return Err(least);
+                }
                 remade.push(t);
                 plan = next;
-                least = if aim == 0 { least.min(needs(&plan)) } else { least };
-            }
-            if needs(&plan) > room {
-                continue;
+                least = least.min(needs(&plan));
             }
             // Some that were given up early may not be in the way of the others.
             for t in remade.clone() {
@@ -88,9 +86,16 @@ impl Plan {
                     (plan, remade) = (tried, fewer);
                 }
             }
+            Ok(plan)
+        };
+        // A choice that looks well at first may lead nowhere, and aiming lower takes another way. The lowest aim doesn't depend
+        // on the room: what is said to be needed is enough.
+        let target = whole.transient_bytes.saturating_sub((least - room) as usize);
+        if let Ok(plan) = search(target) {
             return Ok(plan);
         }
-        Err(least)
+        let lowest = search(0)?;
+        Ok([target / 4 * 3, target / 2].into_iter().find_map(|aim| search(aim).ok()).unwrap_or(lowest))
     }
 
     /// The value whose making again costs the least work for what it frees of the bytes held beyond `target`, or frees the
