@@ -177,16 +177,6 @@ impl Bands {
         (images > 0).then(|| self.place(image, images, rows(before.map_or(0, |b| b.rows.end)), before))
     }
 
-    /// All bands.
-    fn each(&self) -> impl Iterator<Item = Band> + '_ {
-        let mut last: Option<Band> = None;
-        std::iter::from_fn(move || {
-            let next = self.next(last.as_ref())?;
-            last = Some(next.clone());
-            Some(next)
-        })
-    }
-
     /// What each operation does for output rows `rows`, in this order: from the last to the first, each does what those
     /// behind it need and the band `before` has not done. So every row is made once, and rows of a whole tensor at or above
     /// those that have been written are not read again.
@@ -345,7 +335,12 @@ impl Bands {
 
     /// Calls `size` with each buffer of which only a band exists, and the bytes it needs.
     pub(super) fn sizes(&self, mut size: impl FnMut(Buf, usize)) {
-        for band in self.samples() {
+        let enough = self.enough();
+        let mut last = None;
+        while let Some(band) = self.next(last.as_ref())
+            && band.image == 0
+            && band.rows.start < enough
+        {
             for ((r, dims), range) in self.local.iter().zip(&band.local) {
                 size(r.buf, band.images * range.len() * dims.w * r.c * r.kind.bytes());
             }
@@ -357,16 +352,19 @@ impl Bands {
                     out.scale.into_iter().for_each(|scale| size(scale, scales));
                 }
             }
+            last = Some(band);
         }
     }
 
-    /// Bands that hold as much as any: those of the first image, where filters no longer meet its top, until what they do
-    /// begins again.
-    fn samples(&self) -> impl Iterator<Item = Band> + '_ {
-        let filters = self.ops.iter().filter(|op| matches!(op, BandOp::Pass { .. })).count();
-        let period = lcm(lcm(self.rows, self.unit), 1 << filters.min(4));
-        let enough = 2 * period + 4 * filters + 2 * self.rows;
-        self.each().take_while(move |band| band.image == 0 && band.rows.start < enough)
+    /// Bands of the first image that begin above this row hold as much as any: filters no longer meet the top, and what bands
+    /// do has begun again.
+    fn enough(&self) -> usize {
+        let filters = self.ops.iter().filter_map(|op| match op {
+            BandOp::Pass { filter, .. } => Some(filter.upsample),
+            _ => None,
+        });
+        let (filters, doublings) = filters.fold((0, 0), |(n, d), doubles| (n + 1, d + usize::from(doubles)));
+        2 * lcm(lcm(self.rows, self.unit), 1 << doublings) + 4 * filters + 2 * self.rows
     }
 
     /// Bytes of the buffers of which only a band exists.
@@ -392,6 +390,14 @@ fn lcm(a: usize, b: usize) -> usize {
 mod tests {
     use super::super::steps::{OperandKind, RowsKind};
     use super::*;
+
+    fn each(bands: &Bands) -> Vec<Band> {
+        let mut each: Vec<Band> = vec![];
+        while let Some(band) = bands.next(each.last()) {
+            each.push(band);
+        }
+        each
+    }
 
     const ONE: Border = Border { top: 1, left: 1, bottom: 1, right: 1 };
 
@@ -435,7 +441,7 @@ mod tests {
                     let b = Bands { rows: rows_each, unit, ..Bands::new(out, ops, vec![]) };
                     let mut seen = vec![0; batch * out.h];
                     let mut read = 0;
-                    for band in b.each() {
+                    for band in each(&b) {
                         assert!(band.images == 1 || band.rows == (0..out.h));
                         for i in band.image..band.image + band.images {
                             band.rows.clone().for_each(|y| seen[i * out.h + y] += 1);
@@ -482,7 +488,7 @@ mod tests {
         ops.extend(layer(12, rows(2), doubled, conv(false), ONE, rows(3)));
         let local = vec![(rows(1), doubled), (rows(2), doubled)];
         let b = Bands { rows: 4, ..Bands::new(doubled, ops, local) };
-        let bands: Vec<Band> = b.each().collect();
+        let bands = each(&b);
         assert_eq!((bands.len(), b.count()), (4, 4));
         let made = |op: usize| bands.iter().map(|band| band.ops[op].rows.clone()).collect::<Vec<_>>();
         assert_eq!(made(1), [0..6, 6..10, 10..14, 14..16]); // two rows ahead
@@ -507,7 +513,7 @@ mod tests {
     #[test]
     fn samples_hold_as_much_as_any_band() {
         let conv = |upsample| Filter { kh: 3, kw: 3, stride: 1, upsample };
-        for (h, each, unit) in
+        for (h, rows_each, unit) in
             [(64, 4, 8), (96, 4, 12), (100, 3, 7), (61, 1, 5), (128, 8, 16), (128, 5, 16), (80, 2, 1)]
         {
             let input = Dims { batch: 1, h, w: 2 };
@@ -518,8 +524,8 @@ mod tests {
             ops.extend(layer(13, rows(2), doubled, conv(false), ONE, rows(4)));
             ops.push(BandOp::Sums { source: [Some(rows(4)), Some(rows(3))], groups: 1, sums: 20 });
             let local = (1..5).map(|i| (rows(i), doubled)).collect();
-            let b = Bands { rows: each, unit, ..Bands::new(doubled, ops, local) };
-            let most = |bands: &mut dyn Iterator<Item = Band>| {
+            let b = Bands { rows: rows_each, unit, ..Bands::new(doubled, ops, local) };
+            let most = |bands: &[Band]| {
                 let (mut held, mut operands) = ([0; 4], [0; 4]);
                 for band in bands {
                     for (most, r) in held.iter_mut().zip(&band.local) {
@@ -531,7 +537,9 @@ mod tests {
                 }
                 (held, operands)
             };
-            assert_eq!(most(&mut b.samples()), most(&mut b.each()), "{h} {each} {unit}");
+            let all = each(&b);
+            let samples = all.partition_point(|band| band.rows.start < b.enough());
+            assert_eq!(most(&all[..samples]), most(&all), "{h} {rows_each} {unit}");
         }
     }
 }
