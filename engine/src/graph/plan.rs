@@ -88,14 +88,20 @@ impl Plan {
             }
             Ok(plan)
         };
-        // A choice that looks well at first may lead nowhere, and aiming lower takes another way. The lowest aim doesn't depend
-        // on the room: what is said to be needed is enough.
         let target = whole.transient_bytes.saturating_sub((least - room) as usize);
         if let Ok(plan) = search(target) {
             return Ok(plan);
         }
-        let lowest = search(0)?;
-        Ok([target / 4 * 3, target / 2].into_iter().find_map(|aim| search(aim).ok()).unwrap_or(lowest))
+        // A choice that looks well at first may lead nowhere, and aiming at something else takes another way. These aims don't
+        // depend on the room: what is said to be needed is enough.
+        let mut needed = least;
+        for part in [2, 3, 4, usize::MAX] {
+            match search(whole.transient_bytes / part) {
+                Ok(plan) => return Ok(plan),
+                Err(least) => needed = needed.min(least),
+            }
+        }
+        Err(needed)
     }
 
     /// The value whose making again costs the least work for what it frees of the bytes held beyond `target`, or frees the
