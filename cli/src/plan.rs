@@ -159,38 +159,70 @@ fn text(report: &Report, plan: &MemoryPlan, request: &Request) -> String {
 
 /// The arena of `p` as a picture: time from left to right, addresses from bottom to top, a box for each buffer.
 fn drawing(p: &PartPlan) -> String {
-    let (width, height, margin) = (1200.0, 600.0, 60.0);
-    let steps = (p.plan.all_steps().len() + 1).max(1) as f64;
+    let (width, height, margin) = (1200.0, 600.0, 80.0);
+    let steps = p.plan.all_steps();
     let bytes = (p.plan.arena_bytes(1) as f64).max(1.0);
+    let x_of = |step: usize| margin + width * step as f64 / (steps.len() + 1) as f64;
+    let y_of = |offset: usize| margin + height * (1.0 - offset as f64 / bytes);
     let mut out = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {} {}\" font-family=\"sans-serif\" font-size=\"14\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
-         <text x=\"{margin}\" y=\"30\">{}: {} over {} steps</text>\n",
+         <text x=\"{margin}\" y=\"44\" font-size=\"20\">The arena of the {}: {} over {} steps</text>\n",
         width + 2.0 * margin,
         height + 2.0 * margin,
         p.part.name(),
-        size::bytes(p.plan.arena_bytes(1) as u64),
-        p.plan.all_steps().len(),
+        size::bytes(bytes as u64),
+        steps.len(),
     );
+    let label = |x: f64, y: f64, anchor: &str, text: &str| {
+        format!("<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" font-size=\"12\">{text}</text>\n")
+    };
+    let (mut boxes, mut labels) = (String::new(), String::new());
     for (i, (region, first, last)) in p.plan.buffers().enumerate() {
-        let x = margin + width * first as f64 / steps;
-        let w = width * (last + 1 - first) as f64 / steps;
-        let h = height * region.bytes as f64 / bytes;
-        let y = margin + height - height * region.offset as f64 / bytes - h;
-        let hue = i * 47 % 360;
+        let (x, w) = (x_of(first), x_of(last + 1) - x_of(first));
+        let (y, h) = (y_of(region.offset + region.bytes), height * region.bytes as f64 / bytes);
+        let (hue, held) = (i * 47 % 360, size::bytes(region.bytes as u64));
         let _ = writeln!(
-            out,
-            "<rect x=\"{x:.2}\" y=\"{y:.2}\" width=\"{w:.2}\" height=\"{h:.2}\" fill=\"hsl({hue},60%,70%)\" \
-             stroke=\"white\" stroke-width=\"0.3\"><title>{} at {}, steps {first} to {last}</title></rect>",
-            size::bytes(region.bytes as u64),
+            boxes,
+            "<rect x=\"{x:.2}\" y=\"{y:.2}\" width=\"{w:.2}\" height=\"{h:.2}\" fill=\"hsl({hue},60%,75%)\" \
+             stroke=\"white\" stroke-width=\"0.3\"><title>{held} at {}, steps {first} to {last}</title></rect>",
             region.offset,
         );
+        // Only where it can be read.
+        if w > 8.0 * held.len() as f64 && h > 16.0 {
+            labels += &label(x + w / 2.0, y + h / 2.0 + 4.0, "middle", &held);
+        }
+    }
+    for quarter in 0..=4 {
+        let at = p.plan.arena_bytes(1) / 4 * quarter;
+        labels += &label(margin - 8.0, y_of(at) + 4.0, "end", &size::bytes(at as u64));
+    }
+    // Below: which block the steps belong to, by the first two names behind the network's.
+    let block = |i: usize| {
+        let names = steps[i].path.split('.').skip(1).filter(|name| !["decoder", "encoder"].contains(name));
+        names.take(2).collect::<Vec<_>>().join(".")
+    };
+    let mut first = 0;
+    for i in 1..=steps.len() {
+        if i < steps.len() && block(i) == block(first) {
+            continue;
+        }
+        let (name, x) = (block(first), x_of(first));
+        let _ = writeln!(
+            boxes,
+            "<line x1=\"{x:.1}\" y1=\"{0}\" x2=\"{x:.1}\" y2=\"{1}\" stroke=\"black\"/>",
+            margin + height,
+            margin + height + 6.0
+        );
+        if x_of(i) - x > 7.0 * name.len() as f64 {
+            labels += &label((x + x_of(i)) / 2.0, margin + height + 20.0, "middle", &name);
+        }
+        first = i;
     }
     let _ = writeln!(
         out,
-        "<rect x=\"{margin}\" y=\"{margin}\" width=\"{width}\" height=\"{height}\" fill=\"none\" stroke=\"black\"/>\n\
-         <text x=\"{margin}\" y=\"{}\">steps</text>\n</svg>",
-        height + margin + 30.0
+        "{boxes}<rect x=\"{margin}\" y=\"{margin}\" width=\"{width}\" height=\"{height}\" fill=\"none\" stroke=\"black\"/>\n\
+         {labels}</svg>",
     );
     out
 }

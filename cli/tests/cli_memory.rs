@@ -4,9 +4,9 @@
 mod common;
 
 use std::fs;
+use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::process::Stdio;
-use std::time::Duration;
 
 use common::{command, folder, names, sdfast};
 
@@ -53,25 +53,79 @@ fn every_budget_is_kept_and_gives_the_same_picture() {
     }
 }
 
-#[test]
-fn a_file_cut_short_in_mid_run_is_an_error_and_leaves_nothing() {
-    let dir = folder();
-    model(dir.path());
-    let arguments = ["gen", "a tree", "-m", "demo.sdq", "--steps", "1000", "-o", "out.png"];
-    let mut child = command(env!("CARGO_BIN_EXE_sdfast"), dir.path())
+/// Runs `sdfast gen` with `demo.sdq` in the least memory, so that weights are read again and again, and does `harm` to the
+/// folder when the first step is done.
+fn harmed(dir: &Path, steps: &str, harm: impl FnOnce(&Path)) -> common::Ran {
+    let ram = format!("{}M", smallest(dir, "128"));
+    let mut arguments = vec!["gen", "a tree", "-m", "demo.sdq", "--seed", "3", "--steps", steps];
+    arguments.extend(["-o", "out.png", "--ram", &ram]);
+    let mut child = command(env!("CARGO_BIN_EXE_sdfast"), dir)
         .args(arguments)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .expect("it starts");
-    std::thread::sleep(Duration::from_millis(1500));
-    assert!(child.try_wait().expect("it runs").is_none(), "a thousand steps take longer");
-    let file = fs::OpenOptions::new().write(true).open(dir.path().join("demo.sdq")).expect("there");
-    file.set_len(1 << 20).expect("cut");
+    let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines().map(|l| l.expect("UTF-8"));
+    assert!(lines.any(|line| line.starts_with("step 1/")), "no step");
+    harm(dir);
+    let stderr: Vec<String> = lines.collect();
     let ran = common::Ran::from(child.wait_with_output().expect("it ends"));
+    common::Ran { stderr: stderr.join("\n"), ..ran }
+}
+
+#[track_caller]
+fn noticed(dir: &Path, harm: impl FnOnce(&Path), words: &str) {
+    let ran = harmed(dir, "1000", harm);
     assert_eq!(ran.code, Some(1), "{}", ran.stderr);
-    assert!(ran.stderr.contains("demo.sdq was cut short"), "{}", ran.stderr);
-    assert_eq!(names(dir.path()), ["demo.sdq"]);
+    assert!(ran.stderr.contains(words), "{words:?} in {}", ran.stderr);
+    assert_eq!((names(dir), ran.stdout), (vec!["demo.sdq".to_owned()], String::new()));
+}
+
+fn opened(dir: &Path) -> fs::File {
+    fs::OpenOptions::new().write(true).open(dir.join("demo.sdq")).expect("there")
+}
+
+#[test]
+fn a_file_that_changes_in_mid_run_is_an_error_and_leaves_nothing() {
+    let dir = folder();
+    let dir = dir.path();
+    model(dir);
+    noticed(dir, |dir| opened(dir).set_len(1 << 20).expect("cut"), "demo.sdq was cut short");
+    model(dir);
+    let other_bytes = |dir: &Path| {
+        let mut file = opened(dir);
+        file.seek(SeekFrom::Start(4 << 20)).expect("there");
+        file.write_all(&[0x55; 4 << 20]).expect("written");
+    };
+    noticed(dir, other_bytes, "demo.sdq was written to");
+    model(dir);
+    let zeros = |dir: &Path| {
+        let file = opened(dir);
+        let len = file.metadata().expect("there").len();
+        file.set_len(1 << 20).and_then(|()| file.set_len(len)).expect("cut and grown again");
+    };
+    noticed(dir, zeros, "demo.sdq was ");
+}
+
+#[test]
+fn a_file_that_is_replaced_in_mid_run_is_read_to_the_end() {
+    let dir = folder();
+    let dir = dir.path();
+    model(dir);
+    let picture = |dir: &Path| fs::read(dir.join("out.png")).expect("written");
+    harmed(dir, "100", |_| ()).done();
+    let undisturbed = picture(dir);
+    fs::remove_file(dir.join("out.png")).expect("there");
+    let replace = |dir: &Path| {
+        fs::write(dir.join("new"), vec![0x55; 16 << 20]).expect("written");
+        fs::rename(dir.join("new"), dir.join("demo.sdq")).expect("renamed");
+    };
+    harmed(dir, "100", replace).done();
+    assert!(picture(dir) == undisturbed);
+    model(dir);
+    fs::remove_file(dir.join("out.png")).expect("there");
+    harmed(dir, "100", |dir| fs::remove_file(dir.join("demo.sdq")).expect("there")).done();
+    assert!(picture(dir) == undisturbed);
 }
 
 #[test]

@@ -19,6 +19,9 @@ const SLACK_BYTES: u64 = 12 << 20;
 const TOKENIZER_BYTES: u64 = 12 << 20;
 /// The system maps a file in pieces of this size, so a step may hold so much more at either end of its weights.
 const FAULT_BYTES: u64 = 64 << 10;
+/// Multiplications and additions of a step for each byte of weights, from which on meeting these twice is a small part of the
+/// time: of the order of what a core does while it reads a byte is some hundred.
+const OPERATIONS_PER_BYTE: u64 = 4000;
 /// Memory that is left to others where no budget is given: a part of what is free, at least this.
 const MARGIN_BYTES: u64 = 128 << 20;
 
@@ -131,7 +134,7 @@ pub fn plan(
     let tokens = card.text_encoders.first().map_or(77, |c| c.max_position_embeddings);
     let passes = |batch| unet(&card.unet, UnetInput { batch, h: run.h, w: run.w, tokens });
     let mut denoisers = vec![(passes(run.prompts), 1)];
-    if run.prompts > 1 {
+    if run.prompts > 1 && takes_turns(&denoisers[0].0, stored, options(Part::Unet))? {
         denoisers.push((passes(1), run.prompts));
     }
     parts.push((Part::Unet, denoisers));
@@ -170,6 +173,12 @@ pub fn plan(
     Ok(MemoryPlan { budget, predicted_peak: peak, parts: planned, keeps: false })
 }
 
+/// Whether the guidance passes may take turns: where that doesn't slow a step down much, though every weight is met twice.
+fn takes_turns(together: &Network, stored: &StoredAs<'_>, options: Options) -> Result<bool> {
+    let plan = Plan::new(together, &stored(together.weights())?, options);
+    Ok(plan.operations() >= OPERATIONS_PER_BYTE * plan.weight_bytes() as u64)
+}
+
 /// `plan` with all its weights in memory.
 fn resident(part: Part, plan: Plan, banks: usize) -> PartPlan {
     let steps = plan.all_steps().len();
@@ -189,18 +198,15 @@ fn fit(
     let mut smallest = u64::MAX;
     // Values are only made again in the VAE: pictures are what is too large to be kept.
     let picture = matches!(part, Part::VaeDecoder | Part::VaeEncoder);
-    for remake in [false, true] {
-        for ((network, banks), options) in networks
-            .iter()
-            .flat_map(|network| [options, options.small_bands()].map(|options| (network, options)))
-        {
-            let stored = stored(network.weights())?;
-            // Steps that make values again read more weights, so a smaller arena may need more.
-            let needs = |plan: &Plan| plan.arena_bytes(*banks) as u64 + window(plan, |_| true);
-            match Plan::fitting(network, &stored, options, room, remake && picture, needs) {
-                Ok(plan) => return Ok(Ok(pin(part, plan, *banks, room))),
-                Err(least) => smallest = smallest.min(least),
-            }
+    let kept = networks.iter().flat_map(|n| [(n, options, false), (n, options.small_bands(), false)]);
+    let remade = networks.iter().filter(|_| picture).map(|n| (n, options.small_bands(), true));
+    for ((network, banks), options, remake) in kept.chain(remade) {
+        let stored = stored(network.weights())?;
+        // Steps that make values again read more weights, so a smaller arena may need more.
+        let needs = |plan: &Plan| plan.arena_bytes(*banks) as u64 + window(plan, |_| true);
+        match Plan::fitting(network, &stored, options, room, remake, needs) {
+            Ok(plan) => return Ok(Ok(pin(part, plan, *banks, room))),
+            Err(least) => smallest = smallest.min(least),
         }
     }
     Ok(Err(smallest))

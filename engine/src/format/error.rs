@@ -63,6 +63,12 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
+    /// The file has got other bytes while it was in use.
+    #[error("{} was written to while it was in use", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
     /// The disk has no room for the whole file.
     #[error("no room for the {needed} bytes of {}", path.display())]
     NoSpace {
@@ -82,6 +88,7 @@ impl Error {
             Error::Lost { .. } | Error::Length { .. } | Error::Damaged { .. } => {
                 Some("copy or download the file again, or convert the checkpoint again")
             }
+            Error::Changed { .. } => Some("run it again; a new file is best renamed over the old one"),
             Error::Card { .. } => Some("convert the checkpoint again with this version's sdconv"),
             Error::NoSpace { .. } => Some("free some space, or write to another disk with -o"),
             Error::Io { source, .. } => match source.kind() {

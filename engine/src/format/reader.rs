@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use kernels::layout::Weight;
 
@@ -34,7 +35,14 @@ pub struct ModelFile {
 
 #[derive(Debug)]
 enum Bytes {
-    Mapped { watch: Watch, map: memmap2::Mmap, file: File, path: PathBuf },
+    Mapped {
+        watch: Watch,
+        map: memmap2::Mmap,
+        file: File,
+        path: PathBuf,
+        /// When the file was last written to, as of opening it; `None` where the system doesn't tell.
+        modified: Option<SystemTime>,
+    },
     Static(&'static [u8]),
 }
 
@@ -59,7 +67,8 @@ impl ModelFile {
         check_header(&head, meta.len(), &name)?;
         let map = file::map(&file).map_err(fail("map"))?;
         let watch = Watch::new(&map);
-        ModelFile::check(Bytes::Mapped { watch, map, file, path: path.to_owned() }, &name)
+        let modified = meta.modified().ok();
+        ModelFile::check(Bytes::Mapped { watch, map, file, path: path.to_owned(), modified }, &name)
     }
 
     /// A model that is part of the program; see [`Aligned`].
@@ -226,12 +235,13 @@ impl ModelFile {
         }
     }
 
-    /// Fails where parts of the file were gone when they were read: it was cut short after it was opened.
+    /// Fails where the file is not what was opened: parts were gone when they were read, it is shorter, or it has been
+    /// written to. A file renamed over it is another one and changes nothing.
     pub(crate) fn still_there(&self) -> Result<(), Error> {
-        match &self.bytes {
-            Bytes::Mapped { watch, path, .. } if watch.lost() => Err(Error::Lost { path: path.clone() }),
-            _ => Ok(()),
-        }
+        let Bytes::Mapped { watch, map, file, path, modified } = &self.bytes else { return Ok(()) };
+        let now = file.metadata().ok().filter(|now| !watch.lost() && now.len() >= map.len() as u64);
+        let now = now.ok_or_else(|| Error::Lost { path: path.clone() })?;
+        if now.modified().ok() == *modified { Ok(()) } else { Err(Error::Changed { path: path.clone() }) }
     }
 
     /// Compares every tensor with its checksum.

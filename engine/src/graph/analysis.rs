@@ -26,27 +26,26 @@ pub(super) fn stream_values(network: &Network, narrow: bool) -> Vec<bool> {
 }
 
 /// For each value, the place in execution order of the last node that reads it, and whether only that one does. Norms,
-/// activations and concatenations read when their readers do. Outputs are read at the end.
-pub(super) fn last_uses(network: &Network) -> Vec<(usize, usize)> {
+/// activations, concatenations and values of `remade` read when their readers do. Outputs are read at the end.
+pub(super) fn last_uses(network: &Network, remade: &[Tensor]) -> Vec<(usize, usize)> {
+    let reads_later = |i: usize| match network.nodes[i] {
+        Node::GroupNorm { .. } | Node::LayerNorm { .. } | Node::Activate { .. } | Node::Concat { .. } => true,
+        _ => remade.contains(&Tensor(i)),
+    };
     let mut uses = vec![(0, 0); network.values.len()]; // (last, readers)
     let mut visit = |t: Tensor, at: usize| {
         let mut open = vec![t];
         while let Some(t) = open.pop() {
             let (last, readers) = uses[t.0];
             uses[t.0] = (last.max(at), readers + 1);
-            if matches!(
-                network.nodes[t.0],
-                Node::GroupNorm { .. } | Node::LayerNorm { .. } | Node::Activate { .. } | Node::Concat { .. }
-            ) {
+            if reads_later(t.0) {
                 open.extend(network.nodes[t.0].inputs());
             }
         }
     };
     for (at, i) in network.order().enumerate() {
-        match &network.nodes[i] {
-            Node::GroupNorm { .. } | Node::LayerNorm { .. } | Node::Activate { .. } | Node::Concat { .. } => {
-            }
-            node => node.inputs().into_iter().for_each(|t| visit(t, at)),
+        if !reads_later(i) {
+            network.nodes[i].inputs().into_iter().for_each(|t| visit(t, at));
         }
     }
     for (_, t) in &network.outputs {

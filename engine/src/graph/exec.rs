@@ -225,29 +225,31 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Where a pass writes; `codings` makes those of images, where these have them.
+    /// Where a pass writes: what `image` takes, from row `first` of the operand on. `codings` makes those of images, where
+    /// these have them.
     fn operand_mut(
         &self,
         o: OperandBuf,
         bank: usize,
+        first: usize,
         image: &ImageShape,
         codings: impl FnOnce(&mut [Coding]),
     ) -> OperandMut<'_> {
-        let rows = image.operand_rows();
-        let len = rows * o.stride;
+        let rows = first..first + image.operand_rows();
+        let elements = rows.start * o.stride..rows.end * o.stride;
         match (o.kind, o.scale) {
             (OperandKind::U8, Some(scale)) if o.uniform => {
                 let images = &mut self.write(scale, bank)[..image.batch];
                 codings(images);
-                OperandMut::U8Uniform { codes: &mut self.write(o.buf, bank)[..len], images }
+                OperandMut::U8Uniform { codes: &mut self.write(o.buf, bank)[elements], images }
             }
             (OperandKind::U8, Some(scale)) => OperandMut::U8 {
-                codes: &mut self.write(o.buf, bank)[..len],
-                scale: &mut self.write(scale, bank)[..rows],
+                codes: &mut self.write(o.buf, bank)[elements],
+                scale: &mut self.write(scale, bank)[rows],
             },
             (OperandKind::U8, None) => unreachable!("8-bit rows have scales"),
-            (OperandKind::Bf16, _) => OperandMut::Bf16(&mut self.write(o.buf, bank)[..len]),
-            (OperandKind::F32, _) => OperandMut::F32(&mut self.write(o.buf, bank)[..len]),
+            (OperandKind::Bf16, _) => OperandMut::Bf16(&mut self.write(o.buf, bank)[elements]),
+            (OperandKind::F32, _) => OperandMut::F32(&mut self.write(o.buf, bank)[elements]),
         }
     }
 
@@ -280,10 +282,14 @@ impl<'a> Session<'a> {
             let first = (image * held.len() + at.start - held.start) * dims.w;
             first..first + band.images * at.len() * dims.w
         };
+        for m in &band.moves {
+            self.write::<u8>(m.buf, bank).copy_within(m.from..m.from + m.bytes, m.to);
+        }
         for (op, extent) in bands.ops.iter().zip(&band.ops) {
-            let Extent { rows, operand: shape, skip } = extent;
+            let Extent { rows, operand: shape, skip, .. } = extent;
             let clock = self.profile.map(|profile| (profile, Instant::now()));
             match *op {
+                BandOp::Pass { .. } if extent.written().0.operand_rows() == 0 => {}
                 BandOp::Pass { source, input, norm, activation, factors, out, .. } => {
                     let part = |r: RowsBuf| (self.rows(r, bank, pixels(r, input, rows)), r.c);
                     let source = Source { parts: source.map(|r| r.map(part)) };
@@ -296,12 +302,14 @@ impl<'a> Session<'a> {
                     };
                     let norm = self.norm(norm, bank, images.clone());
                     let recipe = Recipe { norm, activation, factors: factors.map(|f| self.vector(f)) };
-                    let operand = self.operand_mut(out, bank, shape, |images| match norm {
+                    let (shape, first) = extent.written();
+                    let operand = self.operand_mut(out, bank, first, &shape, |images| match norm {
                         Norm::Group { .. } => group_codings(recipe, images),
                         _ => range_codings(ranges, source.columns(), recipe.factors, images),
                     });
-                    operand_pass(workers, isa, source, *shape, recipe, operand, out.stride);
+                    operand_pass(workers, isa, source, shape, recipe, operand, out.stride);
                 }
+                BandOp::Gemm { .. } | BandOp::Sums { .. } if rows.is_empty() => {}
                 BandOp::Gemm { operand, weight, bias, image_bias, activation, residual, out } => {
                     let filter = self.filter(bands, operand);
                     let weight_shape = self.plan.weights()[weight].kind.shape().expect("a GEMM has a matrix");
@@ -371,7 +379,12 @@ impl<'a> Session<'a> {
         let (workers, isa) = (self.workers, self.isa);
         let all = |r: RowsBuf, pixels: usize| self.rows(r, bank, 0..pixels);
         if let Op::Bands(bands) = &step.op {
-            return bands.bands.iter().for_each(|band| self.band(&step.path, bands, band, bank));
+            let mut last = None;
+            while let Some(band) = bands.next(last.as_ref()) {
+                self.band(&step.path, bands, &band, bank);
+                last = Some(band);
+            }
+            return;
         }
         let clock = self.profile.map(|profile| (profile, Instant::now()));
         match step.op {

@@ -35,8 +35,10 @@ pub struct Options {
     pub step_weight_bytes: usize,
     /// Whether the residual stream is bf16 too: half the memory, an error of its own.
     pub narrow_stream: bool,
-    /// As `band_bytes`, for steps that make values again which are not kept as a whole: larger, as bands overlap there.
+    /// As `band_bytes`, for steps that make values again which are not kept as a whole: there a band holds several.
     pub chain_bytes: usize,
+    /// Rows that a band of such a step has at least.
+    pub chain_rows: usize,
 }
 
 impl Options {
@@ -51,7 +53,8 @@ impl Options {
             heavy_band_bytes: 10 << 20,
             step_weight_bytes: 32 << 20,
             narrow_stream: false,
-            chain_bytes: 8 << 20,
+            chain_bytes: 4 << 20,
+            chain_rows: 4,
         }
     }
 
@@ -89,7 +92,7 @@ pub(super) fn lower(
         encodings,
         options,
         stream: stream_values(network, options.narrow_stream),
-        last_use: last_uses(network),
+        last_use: last_uses(network, remade),
         stats: HashMap::new(),
         rows: vec![None; network.values.len()],
         bytes: vec![],
@@ -235,7 +238,7 @@ impl Lowering<'_> {
         let sums = self.buffer(sums_len(&image, groups, channels) * 8);
         if self.parts(x).iter().any(|p| self.remade.contains(p)) {
             let dims = self.network.values[x.0].dims;
-            let mut chain = Chain::new(dims);
+            let mut chain = Chain::new(dims, false);
             let source = self.chain_source(&mut chain, x, dims);
             chain.ops.push(BandOp::Sums { source, groups, sums });
             self.chain_step(t, chain);
@@ -278,49 +281,65 @@ impl Lowering<'_> {
         let out = RowsBuf { buf: self.buffer(0), kind: self.rows_kind(t), c: v.c };
         chain.made.push((t, out));
         chain.local.push((out, dims));
-        self.chain_gemm(chain, t, dims, out);
+        let residual = match self.network.nodes[t.0] {
+            Node::Gemm { residual: Some(r), .. } => ResidualSpec::Rows(self.chain_rows(chain, r, dims)),
+            _ => ResidualSpec::None,
+        };
+        self.chain_gemm(chain, t, out, residual, None);
         out
     }
 
-    /// Appends the pass and the GEMM that make `t`, of images `dims`, in `out`.
-    fn chain_gemm(&mut self, chain: &mut Chain, t: Tensor, dims: Dims, out: RowsBuf) {
-        let Node::Gemm { x, factors, weight, bias, filter, border, image_bias, activation, residual } =
+    /// Appends the GEMM that makes `t` in `out`, and the pass that makes its operand, unless that is there already.
+    fn chain_gemm(
+        &mut self,
+        chain: &mut Chain,
+        t: Tensor,
+        out: RowsBuf,
+        residual: ResidualSpec,
+        join: Option<Join>,
+    ) {
+        let Node::Gemm { x, factors, weight, bias, filter, border, image_bias, activation, .. } =
             self.network.nodes[t.0].clone()
         else {
-            unreachable!("GEMMs alone are made again")
+            unreachable!("GEMMs alone are made so")
         };
-        let kind = self.operand_kind(weight);
-        let (from, norm, pass_activation, weights) = self.pass_of(x);
-        let norm = self.with_range(x, norm, pass_activation, kind, filter);
-        let input = if chain.flat { dims } else { self.network.values[x.0].dims };
-        let source = self.chain_source(chain, from, input);
+        let operand = if let Some(Join::Operand(operand)) = join {
+            operand
+        } else {
+            let kind = self.operand_kind(weight);
+            let input =
+                if chain.flat { flat(self.network.values[x.0].dims) } else { self.network.values[x.0].dims };
+            let (source, norm, pass_activation) = if let Some(Join::Inner(rows)) = join {
+                ([Some(rows), None], NormSpec::None, Activation::None)
+            } else {
+                let (from, norm, activation, weights) = self.pass_of(x);
+                let norm = self.with_range(x, norm, activation, kind, filter);
+                chain.weights.extend(weights);
+                (self.chain_source(chain, from, input), norm, activation)
+            };
+            let out = self.new_operand(kind, self.network.values[x.0].c, filter, norm);
+            chain.ops.push(BandOp::Pass {
+                source,
+                input,
+                filter,
+                border,
+                norm,
+                activation: pass_activation,
+                factors,
+                out,
+            });
+            chain.weights.extend(factors);
+            out
+        };
         let image_bias = image_bias.map(|t| self.rows_of(t).buf);
-        let residual = match residual {
-            Some(r) => ResidualSpec::Rows(self.chain_rows(chain, r, dims)),
-            None => ResidualSpec::None,
-        };
-        let operand = self.new_operand(kind, self.network.values[x.0].c, filter, norm);
-        let pass = BandOp::Pass {
-            source,
-            input,
-            filter,
-            border,
-            norm,
-            activation: pass_activation,
-            factors,
-            out: operand,
-        };
-        let gemm = BandOp::Gemm { operand, weight, bias, image_bias, activation, residual, out };
-        chain.ops.extend([pass, gemm]);
-        chain.weights.extend(weights);
-        chain.weights.extend(factors);
+        chain.ops.push(BandOp::Gemm { operand, weight, bias, image_bias, activation, residual, out });
         chain.weights.push(weight);
         chain.weights.extend(bias);
     }
 
     fn chain_step(&mut self, t: Tensor, chain: Chain) {
         let Chain { output, ops, local, weights, .. } = chain;
-        self.step(t, Op::Bands(Bands { output, ops, local, bands: vec![] }), weights);
+        self.step(t, Op::Bands(Bands::new(output, ops, local)), weights);
     }
 
     fn operand_kind(&self, weight: usize) -> OperandKind {
@@ -401,121 +420,63 @@ impl Lowering<'_> {
         if self.remade.contains(&t) {
             return; // made by whoever reads it
         }
-        let Node::Gemm { x, factors, weight, bias, filter, border, image_bias, activation, residual } =
-            self.network.nodes[t.0].clone()
+        let Node::Gemm { x, weight, filter, image_bias, residual, .. } = self.network.nodes[t.0].clone()
         else {
             unreachable!("called for GEMM nodes")
         };
-        let residual_in_place = residual.and_then(|r| self.in_place(t, x, r, filter, at));
-        if let Some(rows) = residual_in_place {
-            self.rows[t.0] = Some(rows);
+        let in_place = residual.and_then(|r| self.in_place(t, r, at));
+        if in_place.is_some() {
+            self.rows[t.0] = in_place;
         }
-        let made = |l: &Self, x: Tensor| l.remade.contains(&x);
-        let source = match self.network.nodes[x.0] {
+        let read = match self.network.nodes[x.0] {
             Node::GroupNorm { x, .. } | Node::LayerNorm { x, .. } | Node::Activate { x, .. } => x,
             _ => x,
         };
-        let chained = self.parts(source).into_iter().chain(residual).any(|p| made(self, p));
-        if chained {
-            let dims = self.network.values[t.0].dims;
-            let mut chain = Chain::new(dims);
-            let out = self.rows[t.0].unwrap_or_else(|| self.new_rows(t, self.rows_kind(t)));
-            self.chain_gemm(&mut chain, t, dims, out);
-            if residual_in_place.is_some()
-                && let Some(BandOp::Gemm { residual, .. }) = chain.ops.last_mut()
-            {
-                *residual = ResidualSpec::InPlace;
-            }
-            self.chain_step(t, chain);
-            return;
-        }
-
-        let kind = self.operand_kind(weight);
-        let image_bias = image_bias.map(|t| self.rows_of(t).buf);
-        let residual_rows = residual.map(|t| self.rows_of(t));
-        let joins = self.joins(t, kind);
-        let (input, output) = (self.network.values[x.0].dims, self.network.values[t.0].dims);
-        let flat = |d: Dims| Dims { batch: d.batch, h: d.h * d.w, w: 1 };
-        let (input, output) =
-            if filter == Filter::POINT { (flat(input), flat(output)) } else { (input, output) };
-        let mut ops = vec![];
-        let mut weights = vec![];
-        let operand = if let Some(Join::Operand(operand)) = joins {
-            operand
-        } else {
-            let (source, norm, activation, w) = match joins {
-                Some(_) => ([self.rows[x.0], None], NormSpec::None, Activation::None, vec![]),
-                None => self.pass_into(x),
-            };
-            weights = w;
-            let norm = match joins {
-                Some(_) => norm,
-                None => self.with_range(x, norm, activation, kind, filter),
-            };
-            let out = self.new_operand(kind, self.network.values[x.0].c, filter, norm);
-            ops.push(BandOp::Pass { source, input, filter, border, norm, activation, factors, out });
-            out
+        let remakes = self.parts(read).into_iter().chain(residual).any(|part| self.remade.contains(&part));
+        let dims = self.network.values[t.0].dims;
+        let mut chain = match filter == Filter::POINT && !remakes {
+            true => Chain::new(flat(dims), true),
+            false => Chain::new(dims, false),
         };
-        weights.extend(factors);
-        weights.push(weight);
-        weights.extend(bias);
-        let residual = match (residual_in_place, residual_rows) {
+        // Rows that nothing has made yet become steps before the last one is looked at.
+        image_bias.into_iter().for_each(|t| _ = self.rows_of(t));
+        let residual = match (in_place, residual) {
             (Some(_), _) => ResidualSpec::InPlace,
-            (None, Some(rows)) => ResidualSpec::Rows(rows),
+            (None, Some(r)) => ResidualSpec::Rows(self.chain_rows(&mut chain, r, dims)),
             (None, None) => ResidualSpec::None,
         };
+        let join = match remakes {
+            true => None,
+            false => self.joins(t, self.operand_kind(weight)),
+        };
         let out = self.rows[t.0].unwrap_or_else(|| self.new_rows(t, self.rows_kind(t)));
-        ops.push(BandOp::Gemm { operand, weight, bias, image_bias, activation, residual, out });
-        match joins {
-            None => {
-                let bands = Bands { output, ops, local: vec![], bands: vec![] };
-                self.step(t, Op::Bands(bands), weights);
-            }
-            Some(join) => {
-                let inner = self.rows[x.0];
-                let step = self.steps.last_mut().expect("there is a step to join");
-                step.weights.extend(weights);
-                let Op::Bands(bands) = &mut step.op else { unreachable!("only bands are joined") };
-                bands.ops.extend(ops);
-                if let (Join::Inner, Some(inner)) = (join, inner) {
-                    bands.local.push((inner, input));
-                    self.bytes[inner.buf] = 0; // a band of it is enough
-                }
-            }
+        self.chain_gemm(&mut chain, t, out, residual, join);
+        let Some(join) = join else { return self.chain_step(t, chain) };
+        let step = self.steps.last_mut().expect("there is a step to join");
+        step.weights.extend(chain.weights);
+        let Op::Bands(bands) = &mut step.op else { unreachable!("only bands are joined") };
+        bands.ops.extend(chain.ops);
+        if let Join::Inner(inner) = join {
+            bands.local.push((inner, flat(self.network.values[x.0].dims)));
+            self.bytes[inner.buf] = 0; // a band of it is enough
         }
     }
 
-    /// The rows of the residual `r` of `t`, where the sum may take their place: nobody reads them later, and no filter
-    /// that reaches beyond its pixels could meet what the band before has overwritten.
-    fn in_place(&mut self, t: Tensor, x: Tensor, r: Tensor, filter: Filter, at: usize) -> Option<RowsBuf> {
+    /// The rows of the residual `r` of `t`, where the sum may take their place: nobody reads them later. A step that reads
+    /// them too is ahead of what it writes ([`Bands::cut`]).
+    fn in_place(&mut self, t: Tensor, r: Tensor, at: usize) -> Option<RowsBuf> {
         if self.remade.contains(&r) {
             return None;
         }
         let same_rate = self.network.values[r.0].rate == self.network.values[t.0].rate;
         let input = matches!(self.network.nodes[r.0], Node::Input { .. });
         let dies = self.last_use[r.0].0 == at;
-        let apart = filter == Filter::POINT && !self.remade.contains(&x) || !self.reads(x, r);
         let rows = self.rows_of(r);
-        (same_rate && !input && dies && apart && rows.kind == self.rows_kind(t)).then_some(rows)
+        (same_rate && !input && dies && rows.kind == self.rows_kind(t)).then_some(rows)
     }
 
-    /// Whether the value `x` is made from `r`.
-    fn reads(&self, x: Tensor, r: Tensor) -> bool {
-        x == r
-            || match &self.network.nodes[x.0] {
-                node @ Node::Gemm { .. } if self.remade.contains(&x) => {
-                    node.inputs().into_iter().any(|t| self.reads(t, r))
-                }
-                node @ (Node::GroupNorm { .. }
-                | Node::LayerNorm { .. }
-                | Node::Activate { .. }
-                | Node::Concat { .. }) => node.inputs().into_iter().any(|t| self.reads(t, r)),
-                _ => false,
-            }
-    }
-
-    /// Whether the GEMM `t`, whose operand is to be of `kind`, can go on where the last step is: because that step has made the operand already, or
-    /// because it makes `x` itself, for nobody else.
+    /// Whether the GEMM `t`, whose operand is to be of `kind`, can go on where the last step is: because that step has made
+    /// the operand already, or because it makes what `t` reads, for nobody else.
     fn joins(&self, t: Tensor, kind: OperandKind) -> Option<Join> {
         let Node::Gemm { x, weight, factors, filter, border, .. } = self.network.nodes[t.0] else {
             return None;
@@ -557,7 +518,7 @@ impl Lowering<'_> {
             && self.last_use[x.0].1 == 1
             && made_by(x).is_some()
         {
-            return Some(Join::Inner);
+            return self.rows[x.0].map(Join::Inner);
         }
         let same = last_x == x && last_filter == filter && last_border == border;
         let (operand, its_factors) = bands.ops.iter().rev().find_map(|op| match op {
@@ -586,8 +547,8 @@ impl Lowering<'_> {
 enum Join {
     /// Its operand is there.
     Operand(OperandBuf),
-    /// What it reads is made there, and stays inside.
-    Inner,
+    /// What it reads, these rows, is made there, and stays inside.
+    Inner(RowsBuf),
 }
 
 /// Operations that make values which are not kept, and then what reads them.
@@ -603,36 +564,30 @@ struct Chain {
 }
 
 impl Chain {
-    fn new(output: Dims) -> Self {
-        Chain { output, flat: false, ops: vec![], local: vec![], made: vec![], weights: vec![] }
+    fn new(output: Dims, flat: bool) -> Self {
+        Chain { output, flat, ops: vec![], local: vec![], made: vec![], weights: vec![] }
     }
+}
+
+/// Rows of single pixels.
+fn flat(dims: Dims) -> Dims {
+    Dims { h: dims.h * dims.w, w: 1, ..dims }
 }
 
 /// Cuts `b`, which reads `weights` bytes of weights, into the largest bands whose own buffers fit.
 fn cut_bands(b: &mut Bands, options: Options, weights: usize) {
     let image = ImageShape { batch: b.output.batch, h: b.output.h, w: b.output.w, border: Border::default() };
     let sums = b.ops.iter().any(|op| matches!(op, BandOp::Sums { .. }));
-    let doubles = |op: &BandOp| matches!(op, BandOp::Pass { filter, .. } if filter.upsample);
-    let unit = match sums {
-        true => sums_rows(&image),
-        false if b.ops.iter().any(doubles) => 2, // windows begin at whole rows of the input
-        false => 1,
-    };
+    b.unit = if sums { sums_rows(&image) } else { 1 };
     let passes =
         b.ops.iter().filter(|op| matches!(op, BandOp::Pass { filter, .. } if *filter != Filter::POINT));
-    let target = match passes.count() > 1 || sums {
-        true => options.chain_bytes,
+    let (target, least) = match passes.count() > 1 || sums {
+        true => (options.chain_bytes, options.chain_rows),
         // Writing and reading what a band holds costs as much as reading as many weights.
-        false => (2 * weights).min(options.heavy_band_bytes).max(options.band_bytes),
+        false => ((2 * weights).min(options.heavy_band_bytes).max(options.band_bytes), 1),
     };
-    let all = b.output.batch * b.output.h;
     // Halving finds the size soon enough: bands need not be as large as can be.
-    let mut rows = all;
-    loop {
-        b.cut(rows, unit);
-        if rows <= unit || b.local_bytes() <= target {
-            return;
-        }
-        rows = (rows / 2).max(1);
+    while b.rows > least && b.local_bytes() > target {
+        b.rows = (b.rows / 2).max(least);
     }
 }

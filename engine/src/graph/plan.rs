@@ -10,6 +10,9 @@ use super::lower::{Lowered, Options, lower};
 use super::steps::{Buf, Op, RowsBuf, Step};
 use super::weight::{Stored, WeightKind, WeightSpec};
 
+/// How many times the work of a network making values again may come to.
+const MOST_WORK: u64 = 4;
+
 /// A network lowered for a precision and the encodings of a file: steps over one arena.
 ///
 /// The arena begins with `banks` copies of what outlives a step (values of rate [`Rate::Run`] that steps read), so that the
@@ -43,8 +46,8 @@ impl Plan {
     }
 
     /// As [`Plan::new`], where what it `needs` is at most `room`; otherwise the least that any of these plans needs. With
-    /// `remake`, values are made again by each of their readers, band by band, in place of being kept as a whole, as few and
-    /// as small as it takes. The result is the same.
+    /// `remake`, values are made again by each of their readers, band by band, in place of being kept as a whole: those that
+    /// cost the least work for the memory they free, as long as it all stays below four times the work. The result is the same.
     pub fn fitting(
         network: &Network,
         stored: &[Stored],
@@ -54,26 +57,109 @@ impl Plan {
         needs: impl Fn(&Plan) -> u64,
     ) -> Result<Plan, u64> {
         let (network, encodings) = network.stored(stored);
-        let (mut remade, mut least) = (vec![], u64::MAX);
-        loop {
-            let plan = Plan::remaking(&network, &encodings, options, &remade);
-            let needed = needs(&plan);
-            if needed <= room {
-                return Ok(plan);
-            }
-            least = least.min(needed);
-            remade.push(plan.largest_at_peak(&network).filter(|_| remake).ok_or(least)?);
+        let network = &network;
+        let planned = |remade: &[Tensor]| Plan::remaking(network, &encodings, options, remade);
+        let whole = planned(&[]);
+        let least = needs(&whole);
+        if least <= room {
+            return Ok(whole);
         }
+        if !remake {
+            return Err(least);
+        }
+        // Gives up values until the rest fits; aims at so many bytes of arena.
+        let search = |aim: usize| -> Result<Plan, u64> {
+            let (mut plan, mut remade, mut least) = (whole.clone(), vec![], least);
+            while least > room {
+                let without = |t| planned(&[&remade[..], &[t]].concat());
+                let (t, next) = plan.without_one(network, aim, without).ok_or(least)?;
+                if next.operations() > MOST_WORK * whole.operations() {
+                    return Err(least);
+                }
+                remade.push(t);
+                plan = next;
+                least = least.min(needs(&plan));
+            }
+            // Some that were given up early may not be in the way of the others.
+            for t in remade.clone() {
+                let fewer: Vec<Tensor> = remade.iter().copied().filter(|&other| other != t).collect();
+                let tried = planned(&fewer);
+                if needs(&tried) <= room && tried.operations() <= plan.operations() {
+                    (plan, remade) = (tried, fewer);
+                }
+            }
+            Ok(plan)
+        };
+        let target = whole.transient_bytes.saturating_sub((least - room) as usize);
+        if let Ok(plan) = search(target) {
+            return Ok(plan);
+        }
+        // A choice that looks well at first may lead nowhere, and aiming at something else takes another way. These aims don't
+        // depend on the room: what is said to be needed is enough.
+        let mut needed = least;
+        for part in [2, 3, 4, usize::MAX] {
+            match search(whole.transient_bytes / part) {
+                Ok(plan) => return Ok(plan),
+                Err(least) => needed = needed.min(least),
+            }
+        }
+        Err(needed)
     }
 
-    /// Of the values that are in memory when most is, the largest that could be made again.
-    fn largest_at_peak(&self, network: &Network) -> Option<Tensor> {
-        let held = |at: usize| self.lives.iter().filter(move |l| l.first <= at && at <= l.last);
-        let peak = (0..=self.steps.len()).max_by_key(|&at| held(at).map(|l| l.bytes).sum::<usize>())?;
-        let there = |buf: Buf| self.lives[buf].first <= peak && peak <= self.lives[buf].last;
-        let whole = self.rows.iter().filter(|(t, r)| there(r.buf) && can_be_remade(network, *t));
-        let (t, _) = whole.max_by_key(|(_, r)| self.lives[r.buf].bytes)?;
-        Some(*t)
+    /// The value whose making again costs the least work for what it frees of the bytes held beyond `target`, or frees the
+    /// most where all cost more than they free, and the plan that `planned` gives without it.
+    fn without_one(
+        &self,
+        network: &Network,
+        target: usize,
+        planned: impl Fn(Tensor) -> Plan,
+    ) -> Option<(Tensor, Plan)> {
+        let (excess, operations) = (self.excess(target) as f64, self.operations() as f64);
+        let rank = |tried: &Plan| {
+            let freed = excess - tried.excess(target) as f64;
+            let cost = tried.operations() as f64 - operations;
+            if freed > 0.0 { (0, cost / freed) } else { (1, -freed) }
+        };
+        let tried = self.held_beyond(target).filter(|t| can_be_remade(network, *t)).map(|t| {
+            let plan = planned(t);
+            (rank(&plan), t, plan)
+        });
+        let best = tried.min_by(|((a, x), ..), ((b, y), ..)| a.cmp(b).then(x.total_cmp(y)));
+        best.map(|(_, t, plan)| (t, plan))
+    }
+
+    /// Bytes that are held at each step, and after the last.
+    fn held(&self) -> Vec<usize> {
+        let mut change = vec![0isize; self.steps.len() + 2];
+        for life in self.lives.iter().filter(|l| l.first <= l.last) {
+            change[life.first] += life.bytes as isize;
+            change[life.last + 1] -= life.bytes as isize;
+        }
+        let sum = |held: &mut isize, change: &isize| {
+            *held += change;
+            Some(*held as usize)
+        };
+        change[..=self.steps.len()].iter().scan(0, sum).collect()
+    }
+
+    /// Bytes that are held beyond `target`, added up over all steps.
+    fn excess(&self, target: usize) -> usize {
+        self.held().into_iter().map(|held| held.saturating_sub(target)).sum()
+    }
+
+    /// The values that are in memory, as a whole, when more than `target` is.
+    fn held_beyond(&self, target: usize) -> impl Iterator<Item = Tensor> {
+        let held = self.held();
+        let beyond = |r: &RowsBuf| {
+            let life = &self.lives[r.buf];
+            life.first <= life.last && held[life.first..=life.last].iter().any(|&held| held > target)
+        };
+        self.rows.iter().filter(|(_, r)| beyond(r)).map(|(t, _)| *t).collect::<Vec<_>>().into_iter()
+    }
+
+    /// Multiplications and additions of all steps.
+    pub fn operations(&self) -> u64 {
+        self.steps.iter().map(|s| s.operations(&self.weights)).sum()
     }
 
     fn remaking(

@@ -5,7 +5,7 @@ use kernels::attention::{AttentionShape, Products};
 use kernels::gemm::Activation;
 use kernels::view::ImageShape;
 
-use super::bands::{Band, BandOp, Bands};
+use super::bands::{BandOp, Bands};
 use super::builder::Dims;
 use super::weight::WeightSpec;
 
@@ -191,7 +191,7 @@ impl Step {
     /// Bands it is cut into.
     pub fn tiles(&self) -> usize {
         match &self.op {
-            Op::Bands(b) => b.bands.len(),
+            Op::Bands(b) => b.count(),
             _ => 1,
         }
     }
@@ -199,12 +199,7 @@ impl Step {
     /// Multiplications and additions of its matrix products.
     pub fn operations(&self, weights: &[WeightSpec]) -> u64 {
         match &self.op {
-            Op::Bands(b) => {
-                let of = |band: &Band| {
-                    b.ops.iter().zip(&band.ops).map(|(op, e)| b.operations(op, band, e, weights)).sum::<u64>()
-                };
-                b.bands.iter().map(of).sum()
-            }
+            Op::Bands(b) => b.operations(weights),
             Op::Attention { shape: s, .. } => 4 * (s.batch * s.heads * s.nq * s.nk * s.d) as u64,
             _ => 0,
         }
