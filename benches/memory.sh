@@ -15,7 +15,7 @@ printf '%-6s %-5s %-5s %-7s %8s %8s %8s %9s %8s %8s\n' \
     family size quant threads asked budget predicted measured step_s vae_s
 for quant in $quants; do
     for size in $sizes; do
-        run=("$sdfast" bench model --family "$family" --quant "$quant" -W "$size" -H "$size" --steps 1 -q)
+        run=("$sdfast" bench model --family "$family" --quant "$quant" -W "$size" -H "$size" --steps 2 -q)
         for n in $threads; do
             least=$({ "${run[@]}" --threads "$n" --ram 1M 2>&1 || true; } | sed -n "s/.*needs \([0-9]*\) MiB.*/\1/p")
             least=$((least + 1))M # what a process holds at its start moves a little

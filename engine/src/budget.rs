@@ -17,11 +17,13 @@ use crate::precision::Precision;
 const SLACK_BYTES: u64 = 12 << 20;
 /// What the tokenizer holds while it is there.
 const TOKENIZER_BYTES: u64 = 12 << 20;
-/// The system maps a file in pieces of this size, so a step may hold so much more at either end of its weights.
-const FAULT_BYTES: u64 = 64 << 10;
+/// A step may hold so much more at either end of its weights.
+const FAULT_BYTES: u64 = crate::format::FAULT_BYTES as u64;
 /// Multiplications and additions of a step for each byte of weights, from which on meeting these twice is a small part of the
 /// time: of the order of what a core does while it reads a byte is some hundred.
 const OPERATIONS_PER_BYTE: u64 = 4000;
+/// What a process holds at its start differs so much from one to the next: a budget that is named as enough has it.
+const START_BYTES: u64 = 2 << 20;
 /// Memory that is left to others where no budget is given: a part of what is free, at least this.
 const MARGIN_BYTES: u64 = 128 << 20;
 
@@ -168,7 +170,7 @@ pub fn plan(
         }
     }
     if needed > 0 {
-        return Err(Error::Ram { budget, needed });
+        return Err(Error::Ram { budget, needed: needed + START_BYTES });
     }
     Ok(MemoryPlan { budget, predicted_peak: peak, parts: planned, keeps: false })
 }

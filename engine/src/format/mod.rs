@@ -22,5 +22,9 @@ pub const VERSION: u32 = 1;
 pub const PART_ALIGN: u64 = 4096;
 /// Sections and tensors start at multiples of this many bytes.
 pub const TENSOR_ALIGN: u64 = kernels::layout::ALIGN as u64;
+/// The system maps a file in pieces of so many bytes around the one that is read.
+pub const FAULT_BYTES: usize = 64 << 10;
+/// The most of a file's cached bytes that the system handles, and may map, as one.
+pub const FOLIO_BYTES: usize = 2 << 20;
 
 const _: () = assert!(usize::BITS >= 64, "model files are mapped whole");

@@ -12,6 +12,7 @@ use kernels::layout::Weight;
 use super::index::{Index, Part, Tensor};
 use super::lost::Watch;
 use super::{Error, MAGIC, PART_ALIGN, TENSOR_ALIGN, VERSION, checksum::xxh64, file};
+use super::{FAULT_BYTES, FOLIO_BYTES};
 use crate::card::Card;
 use crate::graph::weight::WeightKind;
 
@@ -228,10 +229,12 @@ impl ModelFile {
         }
     }
 
-    /// Takes `range` of the file out of this process's memory, until it is read again.
+    /// Takes `range` of the file out of this process's memory, until it is read again, with what the system has mapped around
+    /// its ends: in the order of the file, what lies before is done with.
     pub(crate) fn release(&self, range: &Range<usize>) {
         if let Bytes::Mapped { map, .. } = &self.bytes {
-            file::release(map, range);
+            let start = range.start.saturating_sub(FOLIO_BYTES) / FAULT_BYTES * FAULT_BYTES;
+            file::release(map, &(start..(range.end + FAULT_BYTES).min(map.len())));
         }
     }
 
