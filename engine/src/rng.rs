@@ -41,30 +41,28 @@ const N: usize = 624;
 /// Distance of the word that is mixed in.
 const M: usize = 397;
 
-/// `torch.randn(..., generator=torch.Generator("cpu").manual_seed(seed))`, f32.
+/// The Mersenne Twister.
 #[derive(Clone, Debug)]
-pub struct TorchRng {
+pub struct Mt19937 {
     state: [u32; N],
     /// Words of `state` that have been drawn.
     used: usize,
-    /// The second number of a pair, kept for the next small tensor.
-    cached: Option<f64>,
 }
 
-impl TorchRng {
-    /// Seeded with the low 32 bits of `seed`, as torch does.
-    pub fn new(seed: u64) -> Self {
+impl Mt19937 {
+    /// Seeded with one word.
+    pub fn new(seed: u32) -> Self {
         let mut state = [0u32; N];
-        state[0] = seed as u32;
+        state[0] = seed;
         for i in 1..N {
             let last = state[i - 1];
             state[i] = (last ^ (last >> 30)).wrapping_mul(1_812_433_253).wrapping_add(i as u32);
         }
-        TorchRng { state, used: N, cached: None }
+        Mt19937 { state, used: N }
     }
 
     /// The next 32 bits.
-    fn next_u32(&mut self) -> u32 {
+    pub fn next_u32(&mut self) -> u32 {
         if self.used == N {
             self.refill();
         }
@@ -84,16 +82,31 @@ impl TorchRng {
         }
         self.used = 0;
     }
+}
+
+/// `torch.randn(..., generator=torch.Generator("cpu").manual_seed(seed))`, f32.
+#[derive(Clone, Debug)]
+pub struct TorchRng {
+    bits: Mt19937,
+    /// The second number of a pair, kept for the next small tensor.
+    cached: Option<f64>,
+}
+
+impl TorchRng {
+    /// Seeded with the low 32 bits of `seed`, as torch does.
+    pub fn new(seed: u64) -> Self {
+        TorchRng { bits: Mt19937::new(seed as u32), cached: None }
+    }
 
     /// In `[0, 1)`, 24 bits.
     fn uniform_f32(&mut self) -> f32 {
-        (self.next_u32() & 0xFF_FFFF) as f32 / (1u32 << 24) as f32
+        (self.bits.next_u32() & 0xFF_FFFF) as f32 / (1u32 << 24) as f32
     }
 
     /// In `[0, 1)`, 53 bits, the high word first.
     fn uniform_f64(&mut self) -> f64 {
-        let high = u64::from(self.next_u32());
-        let bits = (high << 32 | u64::from(self.next_u32())) & ((1 << 53) - 1);
+        let high = u64::from(self.bits.next_u32());
+        let bits = (high << 32 | u64::from(self.bits.next_u32())) & ((1 << 53) - 1);
         bits as f64 / (1u64 << 53) as f64
     }
 
