@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::geometry::{Geometry, RowTile};
+use super::geometry::{FOLDED_TAPS, Geometry, RowTile, folded};
 use super::steps::{AddTap, Finish, Out, Sums, Target, Unpack, Widen};
 use super::table::{GemmKernel, Types};
 use super::tile::{MAX_TAPS, TILE_COLUMNS, TileArgs};
@@ -58,6 +58,8 @@ struct Plan<'a> {
     widens: bool,
     /// Weights must be unpacked for the kernel.
     unpacks: bool,
+    /// Taps that meet one pixel of an upsampled image are added up first: a block has the taps of one phase.
+    folds: bool,
     /// Taps are added up in f32, as each meets pixels of other scales.
     by_tap: bool,
     /// Accumulators wait in memory between chunks.
@@ -92,21 +94,30 @@ pub(super) fn run(
             | (Operand::Bf16(_), Types::Bf16)
             | (Operand::F32(_), Types::F32)
     );
-    let unpacks = !matches!(
-        (weight.encoding, kernel.types),
-        (Encoding::Q8, Types::U8S8) | (Encoding::Bf16, Types::Bf16) | (Encoding::F32, Types::F32)
-    );
-    let by_tap = matches!(operand, Operand::U8 { .. }) && weight.shape.taps > 1;
-    let chunks = chunks(&weight, kernel, widens, by_tap);
+    // Where the kernel has room for sums of weights, or rounds weights anyway.
+    let folds = filter.upsample
+        && match kernel.types {
+            Types::F32 => true,
+            Types::Bf16 => weight.encoding == Encoding::F16,
+            Types::U8S8 | Types::S16S16 => false,
+        };
+    let unpacks = folds
+        || !matches!(
+            (weight.encoding, kernel.types),
+            (Encoding::Q8, Types::U8S8) | (Encoding::Bf16, Types::Bf16) | (Encoding::F32, Types::F32)
+        );
+    let taps = if folds { FOLDED_TAPS } else { weight.shape.taps };
+    let by_tap = matches!(operand, Operand::U8 { .. }) && taps > 1;
+    let chunks = chunks(taps, weight.shape.k_padded(), kernel, widens, by_tap);
     let keeps = !chunks.iter().all(|chunk| chunk.first && chunk.last);
     let by_image = matches!(operand, Operand::U8Uniform { .. }) || epilogue.image_bias.is_some();
-    let geometry = Geometry::new(&input, &filter, kernel.mr, by_image, rows);
     let row_bytes = (weight.shape.k_padded() * kernel.types.row_bytes()).max(1);
     let block_rows = if widens || by_tap && weight.bytes.len() <= RESIDENT_WEIGHT {
         SMALL_BLOCK_ROWS
     } else {
         (kernel.block_bytes / row_bytes).min(BLOCK_ROWS).max(kernel.mr)
     };
+    let geometry = Geometry::new(&input, &filter, kernel.mr, by_image, rows, folds.then_some(block_rows));
     let out = match out {
         RowsMut::F32(out) => Out::F32(Shared::new(out)),
         RowsMut::Bf16(out) => Out::Bf16(Shared::new(out)),
@@ -121,12 +132,13 @@ pub(super) fn run(
         chunks,
         widens,
         unpacks,
+        folds,
         by_tap,
         keeps,
         block_rows,
     };
 
-    let blocks = plan.geometry.blocks(block_rows);
+    let blocks = plan.geometry.blocks(block_rows, folds);
     let pairs = weight.shape.panels().div_ceil(PAIR);
     let mut group = pairs;
     while blocks.len() * pairs.div_ceil(group.max(1)) < TASKS && group > 1 {
@@ -147,18 +159,16 @@ pub(super) fn run(
 }
 
 /// Cuts the inputs so that a pair's weights stay where the kernel wants them, and widened rows fit their buffer.
-fn chunks(weight: &Weight<'_>, kernel: &GemmKernel, widens: bool, by_tap: bool) -> Vec<Chunk> {
-    let shape = weight.shape;
-    let padded = shape.k_padded();
+fn chunks(all_taps: usize, padded: usize, kernel: &GemmKernel, widens: bool, by_tap: bool) -> Vec<Chunk> {
     let mut most = (kernel.pair_bytes / (TILE_COLUMNS * kernel.types.weight_bytes())).max(TILE_K);
     if widens {
         most = most.min(rows_bytes() / (SMALL_BLOCK_ROWS * kernel.types.row_bytes()));
     }
     // All taps of a filter at once where they fit, or a line of it: rows of pixels side by side are met again while they are
     // in the nearest cache.
-    let line = shape.taps.isqrt();
-    let taps = match shape.taps {
-        _ if by_tap || widens || kernel.taps < shape.taps => 1,
+    let line = all_taps.isqrt();
+    let taps = match all_taps {
+        _ if by_tap || widens || kernel.taps < all_taps => 1,
         all if all * padded <= most => all,
         all if line * line == all => line,
         _ => 1,
@@ -167,7 +177,7 @@ fn chunks(weight: &Weight<'_>, kernel: &GemmKernel, widens: bool, by_tap: bool) 
     let pieces = if padded == 0 { 0 } else { padded.div_ceil(most) };
     let len = if pieces == 0 { 0 } else { (padded / TILE_K).div_ceil(pieces) * TILE_K };
     let mut chunks = vec![];
-    for tap in (0..shape.taps).step_by(taps) {
+    for tap in (0..all_taps).step_by(taps) {
         for k in (0..padded).step_by(len.max(1)) {
             let first = by_tap && k == 0;
             chunks.push(Chunk { tap, taps, k, len: len.min(padded - k), first, last: false });
@@ -224,8 +234,8 @@ impl<'a> Plan<'a> {
             let finishes = c + 1 == self.chunks.len();
             for (i, pair) in pairs.clone().enumerate() {
                 let columns = Columns::new(self, pair, Some(chunk));
-                let blocks = self.weights(buffers.weights, pair, columns.panels, chunk);
-                let mut ahead = self.ahead(c, pair, &pairs, tiles.len());
+                let blocks = self.weights(buffers.weights, pair, columns.panels, chunk, tiles[0].phase);
+                let mut ahead = self.ahead(c, pair, &pairs, tiles);
                 let mut row = 0;
                 for tile in tiles {
                     ahead.prefetch();
@@ -252,9 +262,9 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// The weights that come after those of `pair` in chunk `c` (of several taps, those of the first), to be fetched in `steps`
-    /// steps.
-    fn ahead(&self, c: usize, pair: usize, pairs: &Range<usize>, steps: usize) -> Ahead<'a> {
+    /// The weights that come after those of `pair` in chunk `c` (of several taps, those of the first), to be fetched while
+    /// `tiles` are multiplied.
+    fn ahead(&self, c: usize, pair: usize, pairs: &Range<usize>, tiles: &[RowTile]) -> Ahead<'a> {
         let (c, pair) = if pair + 1 < pairs.end {
             (c, pair + 1)
         } else if c + 1 < self.chunks.len() {
@@ -264,14 +274,15 @@ impl<'a> Plan<'a> {
         };
         let chunk = &self.chunks[c];
         let tile_bytes = self.weight.encoding.tile_bytes();
-        let first = (chunk.tap * self.weight.shape.k_padded() + chunk.k) / TILE_K * tile_bytes;
+        let tap = if self.folds { folded(tiles[0].phase, chunk.tap).next().unwrap_or(0) } else { chunk.tap };
+        let first = (tap * self.weight.shape.k_padded() + chunk.k) / TILE_K * tile_bytes;
         let panels = [0, 1].map(|p| match pair * PAIR + p {
             panel if panel < self.weight.shape.panels() => {
                 &self.weight.panel(panel).tiles[first..first + chunk.len / TILE_K * tile_bytes]
             }
             _ => &[],
         });
-        let step = panels[0].len().div_ceil(steps.max(1)).next_multiple_of(ALIGN);
+        let step = panels[0].len().div_ceil(tiles.len().max(1)).next_multiple_of(ALIGN);
         Ahead { panels, step }
     }
 
@@ -317,19 +328,27 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// The blocks of `pair` in `chunk` as the kernel reads them.
-    fn weights<'b>(&self, out: &'b mut [u8], pair: usize, panels: usize, chunk: &Chunk) -> Blocks<'b>
+    /// The blocks of `pair` in `chunk` as the kernel reads them, for tiles of phase `phase`.
+    fn weights<'b>(
+        &self,
+        out: &'b mut [u8],
+        pair: usize,
+        panels: usize,
+        chunk: &Chunk,
+        phase: usize,
+    ) -> Blocks<'b>
     where
         'a: 'b,
     {
         let Weight { encoding, shape, bytes } = self.weight;
         let padded = shape.k_padded();
-        let first = (chunk.tap * padded + chunk.k) / TILE_K;
+        let first = |tap: usize| (tap * padded + chunk.k) / TILE_K;
         let tiles = chunk.len / TILE_K;
         if !self.unpacks {
             let stride = shape.panel_bytes(encoding);
             let tap = padded / TILE_K * encoding.tile_bytes();
-            let start = pair * PAIR * stride + encoding.header_bytes(shape) + first * encoding.tile_bytes();
+            let header = pair * PAIR * stride + encoding.header_bytes(shape);
+            let start = header + first(chunk.tap) * encoding.tile_bytes();
             let len = (panels - 1) * stride + (chunk.taps - 1) * tap + tiles * encoding.tile_bytes();
             return Blocks { bytes: &bytes[start..start + len], stride, tap };
         }
@@ -338,8 +357,19 @@ impl<'a> Plan<'a> {
         for (p, out) in out.chunks_exact_mut(stride).take(panels).enumerate() {
             let panel = self.weight.panel(pair * PAIR + p);
             for (i, out) in out.chunks_exact_mut(tap).enumerate() {
-                let first = first + i * padded / TILE_K;
-                let unpack = Unpack { panel, encoding, types: self.kernel.types, first, tiles };
+                let mut firsts = [0; FOLDED_TAPS];
+                let mut summed = 0;
+                if self.folds {
+                    for tap in folded(phase, chunk.tap + i) {
+                        firsts[summed] = first(tap);
+                        summed += 1;
+                    }
+                } else {
+                    firsts[0] = first(chunk.tap + i);
+                    summed = 1;
+                }
+                let firsts = &firsts[..summed];
+                let unpack = Unpack { panel, encoding, types: self.kernel.types, firsts, tiles };
                 // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
                 unsafe { (self.kernel.steps.unpack)(&unpack, out) };
             }

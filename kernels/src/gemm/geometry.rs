@@ -3,6 +3,9 @@
 //! A **run** is a sequence of output rows, evenly spaced in the output, whose operand rows are evenly spaced too, for
 //! every tap: all rows of a linear layer, an output row of a convolution, every other pixel of such a row where the input
 //! is upsampled. Tiles are pieces of runs, so that a tile function needs a pointer and a stride.
+//!
+//! Of a filter over an upsampled image, taps side by side often meet one pixel. Which do depends on the **phase**, whether
+//! the output pixel's row and column are odd: each phase meets 2 x 2 pixels, with sums of taps ([`folded`]).
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
@@ -22,7 +25,22 @@ pub(crate) struct RowTile {
     /// Operand row of row 0, before the tap's offset.
     base: usize,
     /// Row of [`Geometry::offsets`].
-    phase: usize,
+    pub(crate) phase: usize,
+}
+
+/// Pixels that a phase of an upsampled image's filter meets.
+pub(crate) const FOLDED_TAPS: usize = 4;
+
+/// The taps of a 3 x 3 filter that meet pixel `pixel` of the [`FOLDED_TAPS`] of a phase.
+pub(crate) fn folded(phase: usize, pixel: usize) -> impl Iterator<Item = usize> {
+    let side = |odd: usize, second: usize| match (odd, second) {
+        (0, 0) => 0..1,
+        (0, _) => 1..3,
+        (_, 0) => 0..2,
+        _ => 2..3,
+    };
+    let columns = side(phase % 2, pixel % 2);
+    side(phase / 2, pixel / 2).flat_map(move |y| columns.clone().map(move |x| 3 * y + x))
 }
 
 /// The tiles of a call.
@@ -40,13 +58,15 @@ pub(crate) struct Geometry {
 
 impl Geometry {
     /// Cuts the output into tiles of at most `mr` rows. With `by_image` no tile holds rows of two images. `rows` chooses
-    /// rows of pixels of each output image; the output then holds just these.
+    /// rows of pixels of each output image; the output then holds just these. With `fold`, a number of rows, the taps of an
+    /// upsampled image's filter are those of [`folded`], and about so many rows of a phase follow one another.
     pub(crate) fn new(
         input: &ImageShape,
         filter: &Filter,
         mr: usize,
         by_image: bool,
         rows: Option<Range<usize>>,
+        fold: Option<usize>,
     ) -> Geometry {
         let (h, w) = filter.output(input);
         let rows = rows.unwrap_or(0..h);
@@ -62,13 +82,21 @@ impl Geometry {
             geometry.row_step = 2;
             for phase in 0..4 {
                 let (py, px) = (phase / 2, phase % 2);
-                geometry.offsets.push(taps(&|ky, kx| (py + ky).div_ceil(2) * full_w + (px + kx).div_ceil(2)));
+                geometry.offsets.push(match fold {
+                    Some(_) => (0..FOLDED_TAPS).map(|i| (py + i / 2) * full_w + px + i % 2).collect(),
+                    None => taps(&|ky, kx| (py + ky).div_ceil(2) * full_w + (px + kx).div_ceil(2)),
+                });
             }
-            for (at, image, y) in lines() {
-                for px in 0..2 {
-                    let base = (image * full_h + y / 2) * full_w;
-                    let phase = y % 2 * 2 + px;
-                    geometry.cut(RowTile { row: at * w + px, rows: w / 2, image, base, phase }, mr);
+            // Lines whose phases take turns: each line has two, and every other line the same.
+            let group = fold.map_or(1, |rows| 2 * (rows / (w / 2).max(1)).max(1));
+            let lines: Vec<_> = lines().collect();
+            for lines in lines.chunks(group) {
+                for phase in 0..4 {
+                    for &(at, image, y) in lines.iter().filter(|line| line.2 % 2 == phase / 2) {
+                        let base = (image * full_h + y / 2) * full_w;
+                        geometry
+                            .cut(RowTile { row: at * w + phase % 2, rows: w / 2, image, base, phase }, mr);
+                    }
                 }
             }
             return geometry;
@@ -108,14 +136,15 @@ impl Geometry {
         tile.base + self.offsets[tile.phase][tap]
     }
 
-    /// Cuts the tiles into blocks of at most `rows` rows, or one tile.
-    pub(crate) fn blocks(&self, rows: usize) -> Vec<Range<usize>> {
+    /// Cuts the tiles into blocks of at most `rows` rows, or one tile; `by_phase`, of one phase each.
+    pub(crate) fn blocks(&self, rows: usize, by_phase: bool) -> Vec<Range<usize>> {
         let mut blocks: Vec<Range<usize>> = vec![];
         let mut filled = rows;
         for (i, tile) in self.tiles.iter().enumerate() {
             filled += tile.rows;
+            let same = |block: &Range<usize>| !by_phase || self.tiles[block.start].phase == tile.phase;
             match blocks.last_mut() {
-                Some(block) if filled <= rows => block.end = i + 1,
+                Some(block) if filled <= rows && same(block) => block.end = i + 1,
                 _ => {
                     blocks.push(i..i + 1);
                     filled = tile.rows;
@@ -163,8 +192,15 @@ mod tests {
                     continue;
                 }
                 let (oh, ow) = filter.output(&input);
-                for (by_image, rows) in [(false, None), (true, None), (true, Some(oh / 3..oh - oh / 4))] {
-                    let geometry = Geometry::new(&input, &filter, mr, by_image, rows.clone());
+                let some = Some(oh / 3..oh - oh / 4);
+                for (by_image, rows, fold) in [
+                    (false, None, None),
+                    (true, None, Some(7)),
+                    (true, some.clone(), None),
+                    (false, some, Some(20)),
+                ] {
+                    let fold = fold.filter(|_| upsample);
+                    let geometry = Geometry::new(&input, &filter, mr, by_image, rows.clone(), fold);
                     let rows = rows.unwrap_or(0..oh);
                     let mut seen = vec![0; batch * rows.len() * ow];
                     for tile in &geometry.tiles {
@@ -175,8 +211,15 @@ mod tests {
                             let image = row / (rows.len() * ow);
                             assert!(!by_image || image == tile.image);
                             let row = (image * oh + rows.start + row / ow % rows.len()) * ow + row % ow;
-                            for tap in 0..kh * kh {
-                                let at = geometry.operand_row(tile, tap) + r * geometry.operand_step;
+                            let taps: Vec<_> = match fold {
+                                Some(_) => (0..FOLDED_TAPS)
+                                    .flat_map(|i| folded(tile.phase, i).map(move |tap| (i, tap)))
+                                    .collect(),
+                                None => (0..kh * kh).map(|tap| (tap, tap)).collect(),
+                            };
+                            assert_eq!(taps.len(), kh * kh);
+                            for (i, tap) in taps {
+                                let at = geometry.operand_row(tile, i) + r * geometry.operand_step;
                                 assert_eq!(
                                     at,
                                     expected(&input, &filter, row, tap),
@@ -186,8 +229,13 @@ mod tests {
                         }
                     }
                     assert!(seen.iter().all(|&n| n == 1));
-                    let blocks = geometry.blocks(20);
+                    let blocks = geometry.blocks(20, fold.is_some());
                     assert_eq!(blocks.iter().map(|b| b.len()).sum::<usize>(), geometry.tiles.len());
+                    let phase = |i: usize| geometry.tiles[i].phase;
+                    assert!(
+                        fold.is_none()
+                            || blocks.iter().all(|b| b.clone().all(|i| phase(i) == phase(b.start)))
+                    );
                 }
             }
         }

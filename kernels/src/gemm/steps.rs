@@ -2,6 +2,7 @@
 //! whose loops of 16 become vectors; [`steps!`] compiles it for a tier.
 
 use super::Activation;
+use super::geometry::FOLDED_TAPS;
 use super::table::Types;
 use super::tile::TILE_COLUMNS;
 use crate::bf16;
@@ -32,7 +33,7 @@ macro_rules! steps {
             }
             $(#[$attribute])*
             fn unpack_tiles(args: &Unpack<'_>, out: &mut [u8]) {
-                unpack(args, out)
+                unpack($token, args, out)
             }
             $(#[$attribute])*
             fn add_one_tap(args: &AddTap<'_>, sum: &mut [[f32; $crate::gemm::tile::TILE_COLUMNS]]) {
@@ -83,32 +84,100 @@ pub(crate) struct Unpack<'a> {
     pub(crate) panel: Panel<'a>,
     pub(crate) encoding: Encoding,
     pub(crate) types: Types,
-    /// First tile.
-    pub(crate) first: usize,
+    /// The first tile of each tap, one or the [`folded`](super::geometry::folded) ones, which are added up.
+    pub(crate) firsts: &'a [usize],
     /// Tiles.
     pub(crate) tiles: usize,
 }
 
 #[inline(always)]
-pub(crate) fn unpack(args: &Unpack<'_>, out: &mut [u8]) {
-    let tile_bytes = args.encoding.tile_bytes();
+pub(crate) fn unpack<S: Simd>(s: S, args: &Unpack<'_>, out: &mut [u8]) {
     let out_bytes = TILE_N * TILE_K * args.types.weight_bytes();
     for (i, out) in out.chunks_exact_mut(out_bytes).take(args.tiles).enumerate() {
-        let codes = &args.panel.tiles[(args.first + i) * tile_bytes..][..tile_bytes];
-        match (args.encoding, args.types) {
-            (Encoding::Q8, Types::U8S8) => out.copy_from_slice(codes),
-            (Encoding::Q4, Types::U8S8) => unpack_q4(codes, args.panel.groups(args.first + i), out),
-            (Encoding::Q8, types) => spread_q8(codes, types, out),
-            (Encoding::Q4, types) => {
-                let mut wide = [0; TILE_N * TILE_K];
-                unpack_q4(codes, args.panel.groups(args.first + i), &mut wide);
-                spread_q8(&wide, types, out);
+        match (args.types, args.encoding, args.firsts) {
+            (Types::Bf16, Encoding::F16, firsts) => round_half(s, args, firsts, i, out, Simd::load_f16),
+            (Types::Bf16, Encoding::Bf16, firsts) => round_half(s, args, firsts, i, out, Simd::load_bf16),
+            (types, _, &[first]) => unpack_tile(s, args, first + i, types, out),
+            (types, ..) => {
+                let mut sum = [0.0; TILE_N * TILE_K];
+                for &first in args.firsts {
+                    let mut wide = [0.0; TILE_N * TILE_K];
+                    unpack_tile(s, args, first + i, Types::F32, bytemuck::bytes_of_mut(&mut wide));
+                    for (sum, x) in sum.iter_mut().zip(wide) {
+                        *sum += x;
+                    }
+                }
+                match types {
+                    Types::F32 => out.copy_from_slice(bytemuck::bytes_of(&sum)),
+                    Types::Bf16 => pair_rows(&sum, out),
+                    types => unreachable!("sums of taps in {types:?}"),
+                }
             }
-            (Encoding::F16, types) => spread_half(codes, types, out, f16_to_f32),
-            (Encoding::Bf16, types) => spread_half(codes, types, out, |bits| f32::from_bits(bits << 16)),
-            (Encoding::F32, Types::F32) => out.copy_from_slice(codes),
-            (Encoding::F32, types) => unreachable!("f32 weights are met in f32, not in {types:?}"),
         }
+    }
+}
+
+/// Tile `tile` as a kernel of types `types` reads it.
+#[inline(always)]
+fn unpack_tile<S: Simd>(s: S, args: &Unpack<'_>, tile: usize, types: Types, out: &mut [u8]) {
+    let codes = args.tile(tile);
+    match (args.encoding, types) {
+        (Encoding::Q8, Types::U8S8) => out.copy_from_slice(codes),
+        (Encoding::Q4, Types::U8S8) => unpack_q4(codes, args.panel.groups(tile), out),
+        (Encoding::Q8, types) => spread_q8(codes, types, out),
+        (Encoding::Q4, types) => {
+            let mut wide = [0; TILE_N * TILE_K];
+            unpack_q4(codes, args.panel.groups(tile), &mut wide);
+            spread_q8(&wide, types, out);
+        }
+        (Encoding::F16, Types::F32) => spread_half(s, codes, out, Simd::load_f16),
+        (Encoding::Bf16, Types::F32) => spread_half(s, codes, out, Simd::load_bf16),
+        (Encoding::F32, Types::F32) => out.copy_from_slice(codes),
+        (encoding, types) => unreachable!("{encoding:?} weights in {types:?}"),
+    }
+}
+
+impl Unpack<'_> {
+    #[inline(always)]
+    fn tile(&self, tile: usize) -> &[u8] {
+        let bytes = self.encoding.tile_bytes();
+        &self.panel.tiles[tile * bytes..][..bytes]
+    }
+}
+
+/// f32 rows `[k][16]` as bf16 `[k/2][16][2]`.
+#[inline(always)]
+fn pair_rows(rows: &[f32; TILE_N * TILE_K], out: &mut [u8]) {
+    let out: &mut [u32] = bytemuck::cast_slice_mut(out);
+    for (rows, out) in rows.as_chunks::<{ 2 * TILE_N }>().0.iter().zip(out.as_chunks_mut::<TILE_N>().0) {
+        let rows = opaque(rows);
+        *out = lanes(|n| bf16_bits(rows[n]) | bf16_bits(rows[TILE_N + n]) << 16);
+    }
+}
+
+/// The sum of tiles of 16-bit floats, rounded to bf16. Their order is that of bf16 tiles.
+#[inline(always)]
+fn round_half<S: Simd, T: bytemuck::Pod>(
+    s: S,
+    args: &Unpack<'_>,
+    firsts: &[usize],
+    i: usize,
+    out: &mut [u8],
+    load: impl Fn(S, &[T]) -> S::F,
+) {
+    let out: &mut [bf16] = bytemuck::cast_slice_mut(out);
+    let (&first, others) = firsts.split_first().expect("a tap at least");
+    let codes: &[T] = bytemuck::cast_slice(args.tile(first + i));
+    let mut more: [&[T]; FOLDED_TAPS - 1] = [&[]; _];
+    for (more, first) in more.iter_mut().zip(others) {
+        *more = bytemuck::cast_slice(args.tile(first + i));
+    }
+    for (at, out) in (0..).step_by(S::LANES).zip(out.chunks_exact_mut(S::LANES)) {
+        let mut x = load(s, &codes[at..at + S::LANES]);
+        for more in &more[..others.len()] {
+            x = s.add(x, load(s, &more[at..at + S::LANES]));
+        }
+        s.store_bf16(x, out);
     }
 }
 
@@ -218,25 +287,24 @@ fn spread_q8(codes: &[u8], types: Types, out: &mut [u8]) {
     }
 }
 
-/// A 16-bit float tile `[k/2][16][2]` as bf16 `[k/2][16][2]` or f32 `[k][16]`.
+/// A 16-bit float tile `[k/2][16][2]` as f32 `[k][16]`.
 #[inline(always)]
-fn spread_half(codes: &[u8], types: Types, out: &mut [u8], value: impl Fn(u32) -> f32) {
-    let (codes, _) = codes.as_chunks::<{ 4 * TILE_N }>();
-    let out: &mut [u32] = bytemuck::cast_slice_mut(out);
-    let out = out.as_chunks_mut::<TILE_N>().0;
-    if types == Types::Bf16 {
-        for (codes, out) in codes.iter().zip(out) {
-            let words = words(opaque(codes));
-            let low: [u32; TILE_N] = lanes(|n| bf16_bits(value(words[n] & 0xFFFF)));
-            let high: [u32; TILE_N] = lanes(|n| bf16_bits(value(words[n] >> 16)));
-            *out = lanes(|n| low[n] | high[n] << 16);
+fn spread_half<S: Simd, T: bytemuck::Pod>(
+    s: S,
+    codes: &[u8],
+    out: &mut [u8],
+    load: impl Fn(S, &[T]) -> S::F,
+) {
+    let codes: &[T] = bytemuck::cast_slice(codes);
+    let out: &mut [f32] = bytemuck::cast_slice_mut(out);
+    let pairs = out.as_chunks_mut::<{ 2 * TILE_N }>().0;
+    for (codes, out) in codes.chunks_exact(2 * TILE_N).zip(pairs) {
+        let mut wide = [0.0; 2 * TILE_N];
+        for (codes, wide) in codes.chunks_exact(S::LANES).zip(wide.chunks_exact_mut(S::LANES)) {
+            s.store(load(s, codes), wide);
         }
-    } else {
-        for (codes, [low, high]) in codes.iter().zip(out.as_chunks_mut::<2>().0) {
-            let words = words(opaque(codes));
-            *low = lanes(|n| value(words[n] & 0xFFFF).to_bits());
-            *high = lanes(|n| value(words[n] >> 16).to_bits());
-        }
+        let wide = opaque(&wide);
+        *out = lanes(|i| wide[i % TILE_N * 2 + i / TILE_N]);
     }
 }
 
@@ -517,28 +585,13 @@ fn bf16_bits(x: f32) -> u32 {
     if x.is_nan() { bits >> 16 | 0x40 } else { rounded }
 }
 
-/// Exact, of selections only: a normal number's bits are moved into place and its exponent corrected; a subnormal's
-/// significand is an integer times 2^-24.
-#[inline(always)]
-fn f16_to_f32(bits: u32) -> f32 {
-    const REBIAS: u32 = (127 - 15) << 23;
-    let magnitude = bits & 0x7FFF;
-    let normal = (magnitude << 13) + if magnitude >= 0x7C00 { 2 * REBIAS } else { REBIAS };
-    let subnormal = (magnitude as i32 as f32 * (1.0 / (1 << 24) as f32)).to_bits();
-    let x = if magnitude < 0x400 { subnormal } else { normal };
-    f32::from_bits(x | (bits & 0x8000) << 16)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::f16;
 
     #[test]
     fn conversions_agree_with_the_half_crate() {
         for bits in 0..=u16::MAX {
-            let (a, b) = (f16_to_f32(u32::from(bits)), f16::from_bits(bits).to_f32());
-            assert!(a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan(), "{bits:04x}: {a} {b}");
             let x = f32::from_bits(u32::from(bits) << 16 | u32::from(bits.rotate_left(3)));
             let rounded = bf16::from_bits(bf16_bits(x) as u16);
             assert!(rounded == bf16::from_f32(x) || x.is_nan() && rounded.is_nan(), "{x}");

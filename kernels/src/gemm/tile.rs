@@ -71,16 +71,68 @@ pub(crate) trait Lanes {
     unsafe fn multiply(acc: Self::Acc, a: Self::A, b: Self::B) -> Self::Acc;
 }
 
+/// Rows that are reached from one pointer.
+const ROW_GROUP: usize = 6;
+/// Pointers, for as many rows as a tile may have.
+const ROW_GROUPS: usize = 2;
+
+/// Steps of a round of the loop through k.
+const UNROLLED: usize = 2;
+
+/// How far a tile has come.
+struct Position {
+    /// Every [`ROW_GROUP`]th row. Those between are reached by multiples of the stride that addressing has for free, or that
+    /// are kept: additions would take the multipliers' ports.
+    a: [*const u8; ROW_GROUPS],
+    /// 1, 3 and 5 times the stride.
+    stride: [usize; 3],
+    b: *const u8,
+    b_stride: usize,
+}
+
+impl Position {
+    /// Takes `N` steps through k.
+    ///
+    /// # Safety
+    /// As [`broadcast_tile`], and `N` steps are left.
+    #[inline(always)]
+    unsafe fn multiply<L: Lanes, const R: usize, const V: usize, const N: usize>(
+        &mut self,
+        acc: &mut [[L::Acc; V]; R],
+    ) {
+        let [one, three, five] = self.stride;
+        let row_at = [0, one, 2 * one, three, 4 * one, five];
+        for step in 0..N {
+            let mut weights = [std::mem::MaybeUninit::<L::B>::uninit(); V];
+            for (v, w) in weights.iter_mut().enumerate() {
+                let column = v * L::COLUMNS;
+                // From the panel that holds the vector's columns.
+                let at = column / 16 * self.b_stride + column % 16 * L::A_BYTES + step * L::B_BYTES;
+                // SAFETY: within the blocks of k inputs that the caller vouches for.
+                w.write(unsafe { L::load_b(self.b.add(at)) });
+            }
+            for (r, row) in acc.iter_mut().enumerate() {
+                let a = self.a[r / ROW_GROUP].wrapping_add(row_at[r % ROW_GROUP] + step * L::A_BYTES);
+                // SAFETY: row r < R, an input below k.
+                let x = unsafe { L::splat_a(a) };
+                for (acc, w) in row.iter_mut().zip(&weights) {
+                    // SAFETY: the caller has the instruction set; all weights were written.
+                    *acc = unsafe { L::multiply(*acc, x, w.assume_init()) };
+                }
+            }
+        }
+        self.a = self.a.map(|a| a.wrapping_add(N * L::A_BYTES));
+        self.b = self.b.wrapping_add(N * L::B_BYTES);
+    }
+}
+
 /// `R` rows by `V` vectors.
 ///
 /// # Safety
 /// As [`TileFn`], for `R` rows and `V` vectors.
 #[inline(always)]
 pub(crate) unsafe fn broadcast_tile<L: Lanes, const R: usize, const V: usize>(t: &TileArgs) {
-    let column_of = |v: usize| v * L::COLUMNS;
-    let c_at = |r: usize, v: usize| (r * TILE_COLUMNS + column_of(v)) * 4;
-    // Vector v of a step, from the panel that holds its columns.
-    let b_at = |v: usize| column_of(v) / 16 * t.b_stride + column_of(v) % 16 * L::A_BYTES;
+    let c_at = |r: usize, v: usize| (r * TILE_COLUMNS + v * L::COLUMNS) * 4;
     // SAFETY: all offsets below stay within what the caller vouches for: rows < R, columns of V vectors, k inputs.
     unsafe {
         let mut acc = [[L::zero(); V]; R];
@@ -91,17 +143,19 @@ pub(crate) unsafe fn broadcast_tile<L: Lanes, const R: usize, const V: usize>(t:
                 }
             }
         }
-        let (mut a, mut b) = (t.a[0], t.b);
-        for _ in 0..t.k / L::K {
-            let weights: [L::B; V] = std::array::from_fn(|v| L::load_b(b.add(b_at(v))));
-            for (r, row) in acc.iter_mut().enumerate() {
-                let x = L::splat_a(a.add(r * t.a_stride));
-                for (acc, &w) in row.iter_mut().zip(&weights) {
-                    *acc = L::multiply(*acc, x, w);
-                }
-            }
-            a = a.wrapping_add(L::A_BYTES);
-            b = b.wrapping_add(L::B_BYTES);
+        let stride = [1, 3, 5].map(|n| std::hint::black_box(n * t.a_stride));
+        let mut at = Position {
+            a: std::array::from_fn(|g| t.a[0].wrapping_add(g * ROW_GROUP * t.a_stride)),
+            stride,
+            b: t.b,
+            b_stride: t.b_stride,
+        };
+        let steps = t.k / L::K;
+        for _ in 0..steps / UNROLLED {
+            at.multiply::<L, R, V, UNROLLED>(&mut acc);
+        }
+        for _ in 0..steps % UNROLLED {
+            at.multiply::<L, R, V, 1>(&mut acc);
         }
         for (r, row) in acc.iter().enumerate() {
             for (v, &acc) in row.iter().enumerate() {

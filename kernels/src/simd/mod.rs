@@ -10,7 +10,7 @@ pub(crate) mod scalar;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86;
 
-use crate::{Isa, bf16};
+use crate::{Isa, bf16, f16};
 
 /// The most lanes that any tier has.
 pub const MAX_LANES: usize = 16;
@@ -39,6 +39,15 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn load_bf16(self, src: &[bf16]) -> Self::F;
     /// Loads and widens all of `src`, fewer than `LANES` elements.
     fn load_bf16_partial(self, src: &[bf16]) -> Self::F;
+    /// Loads and widens `LANES` elements.
+    #[inline(always)]
+    fn load_f16(self, src: &[f16]) -> Self::F {
+        let mut wide = [0.0; MAX_LANES];
+        for (wide, x) in wide[..Self::LANES].iter_mut().zip(&src[..Self::LANES]) {
+            *wide = f16_to_f32(u32::from(x.to_bits()));
+        }
+        self.load(&wide)
+    }
     /// Asks for the cache line `ahead` bytes behind the beginning of `src`, which may lie outside.
     fn prefetch<T>(self, src: &[T], ahead: usize);
     /// Stores `LANES` elements.
@@ -92,6 +101,18 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn max_lane(self, a: Self::F) -> f32;
     /// Transposes `LANES` vectors: `rows[i][j]` becomes `rows[j][i]`.
     fn transpose(self, rows: &mut [Self::F]);
+}
+
+/// Exact, of selections only: a normal number's bits are moved into place and its exponent corrected; a subnormal's
+/// significand is an integer times 2^-24.
+#[inline(always)]
+fn f16_to_f32(bits: u32) -> f32 {
+    const REBIAS: u32 = (127 - 15) << 23;
+    let magnitude = bits & 0x7FFF;
+    let normal = (magnitude << 13) + if magnitude >= 0x7C00 { 2 * REBIAS } else { REBIAS };
+    let subnormal = (magnitude as i32 as f32 * (1.0 / (1 << 24) as f32)).to_bits();
+    let x = if magnitude < 0x400 { subnormal } else { normal };
+    f32::from_bits(x | (bits & 0x8000) << 16)
 }
 
 /// The types that tensors have in memory.
@@ -257,6 +278,12 @@ pub(crate) mod tests {
             s.store_bf16_pairs(v, s.mul(v, v), &mut pairs);
             let each_pair = src.iter().flat_map(|&x| [bf16::from_f32(x), bf16::from_f32(x * x)]);
             assert_eq!(pairs, each_pair.collect::<Vec<_>>());
+            for first in (0..=u16::MAX).step_by(n) {
+                let halves: Vec<f16> = (first..=first + (n as u16 - 1)).map(f16::from_bits).collect();
+                for (got, want) in get(s.load_f16(&halves)).iter().zip(halves.iter().map(|x| x.to_f32())) {
+                    assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{want}");
+                }
+            }
             for len in 0..n {
                 let mut want = src[..len].to_vec();
                 want.resize(n, 0.0);

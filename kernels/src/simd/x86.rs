@@ -1,11 +1,11 @@
-//! Eight lanes of AVX2 + FMA, sixteen of AVX-512.
+//! Eight lanes of AVX2 + FMA + F16C, sixteen of AVX-512.
 
 use std::arch::x86_64::*;
 
 use super::{Simd, SimdOp};
-use crate::bf16;
+use crate::{bf16, f16};
 
-/// Eight lanes. A value proves AVX2 and FMA.
+/// Eight lanes. A value proves AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Avx2(());
 
@@ -33,12 +33,17 @@ impl<const BF16: bool> Avx512<BF16> {
 
 /// Runs `op` on AVX2.
 pub(super) fn run_avx2<O: SimdOp>(op: O) -> O::Output {
-    #[target_feature(enable = "avx2,fma")]
+    #[target_feature(enable = "avx2,fma,f16c")]
     fn enter<O: SimdOp>(op: O) -> O::Output {
         op.run(Avx2(()))
     }
-    assert!(is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"), "no AVX2 here");
-    // SAFETY: both features were found.
+    assert!(
+        is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c"),
+        "no AVX2 here"
+    );
+    // SAFETY: the features were found.
     unsafe { enter(op) }
 }
 
@@ -169,6 +174,11 @@ impl Simd for Avx2 {
         let mut all = [bf16::ZERO; 8];
         all[..src.len()].copy_from_slice(src);
         self.load_bf16(&all)
+    }
+    #[inline(always)]
+    fn load_f16(self, src: &[f16]) -> __m256 {
+        let src = &src[..8];
+        tier!(_mm256_cvtph_ps(_mm_loadu_si128(src.as_ptr().cast())))
     }
     #[inline(always)]
     fn prefetch<T>(self, src: &[T], ahead: usize) {
@@ -401,6 +411,11 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             let words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, src.as_ptr().cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
         })
+    }
+    #[inline(always)]
+    fn load_f16(self, src: &[f16]) -> __m512 {
+        let src = &src[..16];
+        tier!(_mm512_cvtph_ps(_mm256_loadu_si256(src.as_ptr().cast())))
     }
     #[inline(always)]
     fn prefetch<T>(self, src: &[T], ahead: usize) {
