@@ -12,6 +12,8 @@ use super::weight::{Stored, WeightKind, WeightSpec};
 
 /// How many times the work of a network making values again may come to.
 const MOST_WORK: u64 = 4;
+/// Parts of what a network holds, at which [`Plan::fitting`] aims.
+const AIMS: [(usize, usize); 9] = [(7, 8), (3, 4), (5, 8), (1, 2), (3, 8), (1, 3), (1, 4), (1, 8), (0, 1)];
 
 /// A network lowered for a precision and the encodings of a file: steps over one arena.
 ///
@@ -90,15 +92,14 @@ impl Plan {
             }
             Ok(plan)
         };
+        // A choice that looks well at first may lead nowhere, and aiming at something else takes another way. The aims don't
+        // depend on the room, so that what is said to be needed is enough and nothing less is; the one that suits it goes first.
         let target = whole.transient_bytes.saturating_sub((least - room) as usize);
-        if let Ok(plan) = search(target) {
-            return Ok(plan);
-        }
-        // A choice that looks well at first may lead nowhere, and aiming at something else takes another way. These aims don't
-        // depend on the room: what is said to be needed is enough.
+        let mut aims = AIMS.map(|(part, of)| whole.transient_bytes / of * part);
+        aims.sort_by_key(|aim| aim.abs_diff(target));
         let mut needed = least;
-        for part in [2, 3, 4, usize::MAX] {
-            match search(whole.transient_bytes / part) {
+        for aim in aims {
+            match search(aim) {
                 Ok(plan) => return Ok(plan),
                 Err(least) => needed = needed.min(least),
             }
