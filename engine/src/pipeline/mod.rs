@@ -196,9 +196,9 @@ impl Pipeline {
 }
 
 /// Which of the files holds the network with the weights `wanted`: a VAE of its own, or the model.
-pub fn holder<'f>(model: &'f ModelFile, vae: Option<&'f VaeFile>, wanted: &[WeightSpec]) -> &'f WeightFile {
+fn holder<'f>(model: &'f ModelFile, vae: Option<&'f VaeFile>, wanted: &[WeightSpec]) -> &'f WeightFile {
     match vae {
-        Some(vae) if wanted.first().is_some_and(|spec| spec.name.starts_with("vae.")) => vae,
+        Some(vae) if wanted.first().is_some_and(WeightSpec::is_of_vae) => vae,
         _ => model,
     }
 }
