@@ -8,7 +8,7 @@ mod vae;
 
 pub use clip::clip;
 pub use tiny_vae::bound as bound_tiny_latents;
-pub use unet::{UnetInput, unet};
+pub use unet::{UnetInput, unet, unet_block};
 pub use vae::{vae_decoder, vae_encoder};
 
 use crate::card::{Card, VaeConfig};
