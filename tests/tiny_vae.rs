@@ -85,7 +85,8 @@ fn every_layout_gives_the_same_file() {
     assert!(!VaeFile::open(&output).unwrap().card().vae.has_encoder());
 }
 
-/// A model with the VAE in place of its own, in the folder and beside it, and what both make of the golden numbers.
+/// A model with the VAE in place of its own, in the file and beside it, and what both make of the golden numbers. With bf16
+/// weights and activations, torch is off by 0.017 (decoded) and 0.0088 (encoded).
 #[test]
 fn diffusers_pixels_and_latents() {
     let folder = tempfile::tempdir().unwrap();
@@ -110,9 +111,9 @@ fn diffusers_pixels_and_latents() {
     for (name, precision, bound) in [
         ("own", Precision::Exact, 1e-5),
         ("beside", Precision::Exact, 1e-5),
-        ("beside", Precision::High, 3e-2),
-        ("beside", Precision::Fast, 3e-2),
-        ("8 bits", Precision::Fast, 1e-1),
+        ("beside", Precision::High, 2e-2),
+        ("beside", Precision::Fast, 2e-2),
+        ("8 bits", Precision::Fast, 6e-2),
     ] {
         let settings = Settings { precision, ..Settings::default() };
         let pipeline = match name {
@@ -166,7 +167,9 @@ fn what_does_not_fit_is_named() {
         fs::copy(checkpoint().join(name), lying.join(name)).unwrap();
     }
     let config = fs::read_to_string(lying.join("config.json")).unwrap();
-    for (key, value) in [("act_fn", "\"gelu\""), ("upsampling_scaling_factor", "3"), ("scaling_factor", "0.0")] {
+    for (key, value) in
+        [("act_fn", "\"gelu\""), ("upsampling_scaling_factor", "3"), ("scaling_factor", "0.0")]
+    {
         let mut json: serde_json::Value = serde_json::from_str(&config).unwrap();
         json[key] = serde_json::from_str(value).unwrap();
         fs::write(lying.join("config.json"), json.to_string()).unwrap();
@@ -222,8 +225,8 @@ fn widened(path: &Path) {
             (name, shape, data)
         })
         .collect();
-    let views = changed
-        .iter()
-        .map(|(name, shape, data)| (name, TensorView::new(safetensors::Dtype::F16, shape.clone(), data).unwrap()));
+    let views = changed.iter().map(|(name, shape, data)| {
+        (name, TensorView::new(safetensors::Dtype::F16, shape.clone(), data).unwrap())
+    });
     serialize_to_file(views, None, path).unwrap();
 }

@@ -42,7 +42,8 @@ impl Evidence<'_> {
         let levels = num_decoder_blocks.len();
         let first = "vae.decoder.layers.0.weight";
         let out_channels = self.dim(&format!("vae.decoder.layers.{last}.weight"), 0)?;
-        let setting = |key: &str, usual: f64| config.and_then(|c| c.get(key)?.as_f64()).unwrap_or(usual) as f32;
+        let setting =
+            |key: &str, usual: f64| config.and_then(|c| c.get(key)?.as_f64()).unwrap_or(usual) as f32;
         Ok(VaeConfig {
             in_channels: match num_encoder_blocks.is_empty() {
                 true => out_channels,

@@ -8,7 +8,8 @@ use crate::error::Error;
 /// beside it.
 pub(super) fn join_halves(source: &mut Source) -> Result<(), Error> {
     let block = |name: &String| {
-        name.split_once('.').is_some_and(|(layer, rest)| layer.parse::<u16>().is_ok() && rest == "conv.0.weight")
+        name.split_once('.')
+            .is_some_and(|(layer, rest)| layer.parse::<u16>().is_ok() && rest == "conv.0.weight")
     };
     if !source.tensors.keys().any(block) {
         return Ok(());

@@ -129,7 +129,9 @@ impl VaeFile {
         let weights = WeightFile::open(path)?;
         let card: VaeCard = match weights.sections.range("vae") {
             Some(_) => weights.card("vae")?,
-            None => weights.card::<Card>("card").map(|Card { vae, provenance, .. }| VaeCard { vae, provenance })?,
+            None => weights
+                .card::<Card>("card")
+                .map(|Card { vae, provenance, .. }| VaeCard { vae, provenance })?,
         };
         card.check().map_err(|fault| weights.card_fault(fault))?;
         Ok(VaeFile { weights, card })

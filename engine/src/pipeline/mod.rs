@@ -104,7 +104,8 @@ impl Pipeline {
 
     /// What a run over latents of `h * w` will hold, with `prompts` prompts (2 with guidance).
     pub fn plan(&self, h: usize, w: usize, prompts: usize, encodes: bool) -> Result<MemoryPlan> {
-        let stored = |wanted: &[WeightSpec]| weights::stored(holder(&self.file, self.vae.as_ref(), wanted), wanted);
+        let stored =
+            |wanted: &[WeightSpec]| weights::stored(holder(&self.file, self.vae.as_ref(), wanted), wanted);
         let run = budget::Run { h, w, prompts, encodes };
         budget::plan(self.card(), &stored, &self.settings, run, budget::budget(&self.settings))
     }

@@ -381,7 +381,9 @@ fn in_place_and_in_part_as_a_whole() {
     let mut random = Random::new(11);
     let border = Border { top: 1, left: 1, bottom: 1, right: 1 };
     let input = ImageShape { batch: 2, h: 6, w: 9, border };
-    for (upsample, activation) in [(false, Activation::None), (true, Activation::None), (false, Activation::Relu)] {
+    for (upsample, activation) in
+        [(false, Activation::None), (true, Activation::None), (false, Activation::Relu)]
+    {
         let filter = Filter { kh: 3, kw: 3, stride: 1, upsample };
         let shape = WeightShape { n: 20, taps: 9, k: 70 };
         let left = Left::new(&mut random, Rank::U8, &input, shape.k, shape.k_padded());
