@@ -29,7 +29,7 @@ pub enum Subject {
     /// A whole model.
     Model(Box<Card>),
     /// A VAE alone.
-    Vae(VaeCard),
+    Vae(Box<VaeCard>),
 }
 
 impl Subject {
@@ -145,7 +145,7 @@ pub(crate) fn recognize(sources: &Sources, wishes: &Wishes<'_>) -> Result<Recogn
         card.check().map_err(unsupported)?;
         let strangers = named.strangers.into_iter().filter(|name| tensors.values().all(|v| v.name != *name));
         let strangers = strangers.collect();
-        return Ok(Recognized { subject: Subject::Vae(card), tensors, notes, strangers });
+        return Ok(Recognized { subject: Subject::Vae(Box::new(card)), tensors, notes, strangers });
     }
     kind::check(model, &named)?;
     let lent;
