@@ -48,7 +48,7 @@ pub struct Gen {
     /// Model; without it, the small one that is part of the program.
     #[arg(short, long, value_name = "MODEL.sdq")]
     pub model: Option<PathBuf>,
-    /// Take the VAE from this file, a model or a VAE alone: TAESD decodes in a tenth of the time.
+    /// Take the VAE from this file, a model or a VAE alone: TAESD decodes in a fraction of the time.
     #[arg(long, value_name = "FILE.sdq")]
     pub vae: Option<PathBuf>,
     /// Picture to write [default: sdfast-SEED.png].
@@ -113,7 +113,7 @@ pub struct Plan {
     /// A published model, planned without its file: sd15, sd2, sdxl, ...
     #[arg(long, value_name = "NAME")]
     pub family: Option<String>,
-    /// Take the VAE from this file, a model or a VAE alone: TAESD decodes in a tenth of the time.
+    /// Take the VAE from this file, a model or a VAE alone: TAESD decodes in a fraction of the time.
     #[arg(long, value_name = "FILE.sdq")]
     pub vae: Option<PathBuf>,
     /// How the model of --family is packed.
@@ -280,7 +280,7 @@ pub struct BenchModel {
     /// Make up a model of this kind: sd15, sd2, sdxl, ...
     #[arg(long, value_name = "NAME")]
     pub family: Option<String>,
-    /// Take the VAE from this file, a model or a VAE alone: TAESD decodes in a tenth of the time.
+    /// Take the VAE from this file, a model or a VAE alone: TAESD decodes in a fraction of the time.
     #[arg(long, value_name = "FILE.sdq")]
     pub vae: Option<PathBuf>,
     /// How far the made-up weights are quantized.
@@ -339,7 +339,7 @@ pub enum ConvertCommand {
 /// `sdconv CHECKPOINT`
 #[derive(Debug, Args)]
 pub struct Convert {
-    /// A .safetensors, .ckpt, .pt or .gguf file, or a folder in the layout of diffusers.
+    /// A .safetensors, .ckpt, .pt or .gguf file, or a folder in the layout of diffusers: a model, or a TAESD alone.
     pub checkpoint: Option<PathBuf>,
     /// File to write [default: the checkpoint's name and .q8.sdq, in this folder].
     #[arg(short, long, value_name = "FILE.sdq")]
