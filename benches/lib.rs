@@ -22,6 +22,13 @@ impl Lines {
         Lines { lines: vec![Line([byte; 64]); len.div_ceil(64)], len }
     }
 
+    /// A copy of `bytes`.
+    pub fn of(bytes: &[u8]) -> Self {
+        let mut lines = Lines::new(bytes.len(), 0);
+        bytemuck::cast_slice_mut(&mut lines.lines)[..bytes.len()].copy_from_slice(bytes);
+        lines
+    }
+
     /// The bytes.
     pub fn get(&self) -> &[u8] {
         &bytemuck::cast_slice(&self.lines)[..self.len]

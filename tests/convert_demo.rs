@@ -103,7 +103,7 @@ fn weights_are_those_of_the_checkpoint() {
 fn the_card_is_that_of_the_configs() {
     let folder = tempfile::tempdir().unwrap();
     let options = options(folder.path(), Quant::Q8);
-    let card = convert(&options, &|_| {}).unwrap().card;
+    let card = convert(&options, &|_| {}).unwrap().card.model().unwrap().clone();
     assert_eq!(card.family, Family::Sd15);
     assert_eq!(card.unet.block_out_channels, [64, 96, 128]);
     assert_eq!(card.unet.down_layers, [[1], [1], [0]]);

@@ -83,7 +83,7 @@ fn files_that_are_something_else() {
         (&[("body.0.block1.weight", &[8, 8, 3, 3]), ("conv_in.weight", &[8, 8, 3, 3])], "a T2I-Adapter"),
         (&[("<my-token>", &[768])], "an embedding"),
         (&[("clip_l", &[2, 768]), ("clip_g", &[2, 1280])], "an embedding"),
-        (&[("decoder.layers.1.weight", &[8, 4, 3, 3])], "a tiny VAE"),
+        (&[("decoder.layers.1.weight", &[8, 4, 3, 3])], "a part of a tiny VAE"),
         (&[("vision_model.embeddings.class_embedding", &[8])], "an image encoder"),
         (&[("down_blocks.0.motion_modules.0.norm.weight", &[8])], "a motion module"),
         (&[("joint_blocks.0.context_block.adaLN_modulation.1.bias", &[8])], "a Stable Diffusion 3 model"),

@@ -268,7 +268,10 @@ fn prediction_of_sd2_is_seen_in_the_weights() {
     let output = Some(folder.path().join("out.sdq"));
     let prediction = Some(Prediction::Epsilon);
     let options = Options { checkpoint: path, output, prediction, ..Options::default() };
-    assert_eq!(convert(&options, &|_| {}).unwrap().card.schedule.prediction_type, Prediction::Epsilon);
+    assert_eq!(
+        convert(&options, &|_| {}).unwrap().card.model().unwrap().schedule.prediction_type,
+        Prediction::Epsilon
+    );
 }
 
 /// Adds tensors of one or more f32 numbers to a safetensors file.

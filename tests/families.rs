@@ -3,7 +3,7 @@
 
 use engine::pipeline::{Conditioning, Control, Denoiser, Image, Latents, Pipeline, Request};
 
-use crate::Golden;
+use crate::{Golden, pixels};
 
 /// An output of a network.
 pub struct Output {
@@ -42,12 +42,6 @@ pub fn outputs(golden: &Golden, pipeline: &Pipeline) -> Vec<Output> {
 fn size(golden: &Golden) -> (usize, usize) {
     let shape = golden.shape("latents");
     (shape[2], shape[3])
-}
-
-/// `[c, h * w]` to `[h * w, c]`.
-fn pixels(planar: &[f32], c: usize) -> Vec<f32> {
-    let n = planar.len() / c;
-    (0..planar.len()).map(|i| planar[i % c * n + i / c]).collect()
 }
 
 fn encode(golden: &Golden, pipeline: &Pipeline) -> Vec<Conditioning> {

@@ -56,6 +56,7 @@ fn card() -> Card {
             latents_std: Vec::new(),
             use_quant_conv: true,
             mid_block_add_attention: true,
+            tiny: None,
         },
         schedule: ScheduleConfig {
             num_train_timesteps: 1000,

@@ -115,6 +115,12 @@ pub fn pipeline(checkpoint: &Path, quant: Quant, precision: Precision) -> Pipeli
     Pipeline::new(model(checkpoint, quant), Settings { precision, ..Settings::default() }).unwrap()
 }
 
+/// `[c, h * w]` to `[h * w, c]`.
+pub fn pixels(planar: &[f32], c: usize) -> Vec<f32> {
+    let n = planar.len() / c;
+    (0..planar.len()).map(|i| planar[i % c * n + i / c]).collect()
+}
+
 /// Writes a line that shows in a test run that passes, too.
 pub fn report(line: &str) {
     let mut past_the_harness = std::io::stderr().lock();

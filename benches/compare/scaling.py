@@ -1,8 +1,10 @@
 """How the time of a step grows with the picture's size and with threads: a table, and a plot as SVG.
 
-    python scaling.py MODEL.sdq [--sizes 256,384,512,768,1024] [--threads 1,2] [--rounds N] [--program SDFAST] [--prefix COMMAND] [--svg FILE]
+    python scaling.py MODEL.sdq [--sizes 256,384,512,768,1024] [--threads 1,2] [--rounds N] [--program SDFAST] [--prefix COMMAND]
+                      [--svg FILE] [--page FILE.md]
 
-A step is both guidance passes; the best of all rounds counts.
+A step is both guidance passes; the best of all rounds counts. --page puts the table between `<!-- scaling -->` and
+`<!-- end of scaling -->` of that page, in place of what stands there.
 """
 import argparse
 import json
@@ -24,6 +26,7 @@ def arguments():
     p.add_argument("--program", default=os.path.join(HERE, "..", "..", "target", "release", "sdfast"))
     p.add_argument("--prefix", default="")
     p.add_argument("--svg")
+    p.add_argument("--page")
     return p.parse_args()
 
 
@@ -73,10 +76,18 @@ def main():
                 rest[key] = min(vae, before[0]), max(peak, before[1])
     heads = [f"step, {t} thread{'s' if t > 1 else ''}" for t in a.threads]
     most = max(a.threads)
-    print(f"| picture | {' | '.join(heads)} | VAE, {most} threads | peak |\n|---|{'--:|' * (len(heads) + 2)}")
+    rows = [f"| picture | {' | '.join(heads)} | VAE, {most} threads | peak |", f"|---|{'--:|' * (len(heads) + 2)}"]
     for size in a.sizes:
         vae, peak = rest[size, most]
-        print(f"| {size} x {size} | {' | '.join(f'{steps[size, t]:.2f} s' for t in a.threads)} | {vae:.2f} s | {peak / 2**20:.0f} MiB |")
+        rows.append(f"| {size} x {size} | {' | '.join(f'{steps[size, t]:.2f} s' for t in a.threads)} | {vae:.2f} s | {peak / 2**20:.0f} MiB |")
+    table = "\n".join(rows)
+    print(table)
+    if a.page:
+        with open(a.page) as f:
+            before, rest_of_page = f.read().split("<!-- scaling -->")
+        _, after = rest_of_page.split("<!-- end of scaling -->")
+        with open(a.page, "w") as f:
+            f.write(f"{before}<!-- scaling -->\n{table}\n<!-- end of scaling -->{after}")
     if a.svg:
         with open(a.svg, "w") as f:
             f.write(plot(a, steps))

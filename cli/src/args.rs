@@ -48,6 +48,9 @@ pub struct Gen {
     /// Model; without it, the small one that is part of the program.
     #[arg(short, long, value_name = "MODEL.sdq")]
     pub model: Option<PathBuf>,
+    /// Take the VAE from this file, a model or a VAE alone: TAESD decodes in a fraction of the time.
+    #[arg(long, value_name = "FILE.sdq")]
+    pub vae: Option<PathBuf>,
     /// Picture to write [default: sdfast-SEED.png].
     #[arg(short, long, value_name = "OUT.png")]
     pub output: Option<PathBuf>,
@@ -110,6 +113,9 @@ pub struct Plan {
     /// A published model, planned without its file: sd15, sd2, sdxl, ...
     #[arg(long, value_name = "NAME")]
     pub family: Option<String>,
+    /// Take the VAE from this file, a model or a VAE alone: TAESD decodes in a fraction of the time.
+    #[arg(long, value_name = "FILE.sdq")]
+    pub vae: Option<PathBuf>,
     /// How the model of --family is packed.
     #[arg(long, value_name = "BITS", default_value = "q8")]
     pub quant: QuantArg,
@@ -274,6 +280,9 @@ pub struct BenchModel {
     /// Make up a model of this kind: sd15, sd2, sdxl, ...
     #[arg(long, value_name = "NAME")]
     pub family: Option<String>,
+    /// Take the VAE from this file, a model or a VAE alone: TAESD decodes in a fraction of the time.
+    #[arg(long, value_name = "FILE.sdq")]
+    pub vae: Option<PathBuf>,
     /// How far the made-up weights are quantized.
     #[arg(long, value_name = "BITS", default_value = "q8", requires = "family")]
     pub quant: QuantArg,
@@ -330,7 +339,7 @@ pub enum ConvertCommand {
 /// `sdconv CHECKPOINT`
 #[derive(Debug, Args)]
 pub struct Convert {
-    /// A .safetensors, .ckpt, .pt or .gguf file, or a folder in the layout of diffusers.
+    /// A .safetensors, .ckpt, .pt or .gguf file, or a folder in the layout of diffusers: a model, or a TAESD alone.
     pub checkpoint: Option<PathBuf>,
     /// File to write [default: the checkpoint's name and .q8.sdq, in this folder].
     #[arg(short, long, value_name = "FILE.sdq")]

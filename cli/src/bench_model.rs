@@ -28,7 +28,11 @@ pub(crate) fn run(arguments: &BenchModel) -> Result<()> {
         .transpose()?;
     let start = Instant::now();
     let (file, name) = model::open(made_up.as_deref().or(arguments.model.as_deref()))?;
-    let outcome = measure(arguments, file, &name, settings, level, start);
+    let vae = model::open_vae(arguments.vae.as_deref())?;
+    let vae_name = vae.as_ref().map(|vae| vae.name.clone());
+    let pipeline = model::pipeline(file, vae, settings)?;
+    let report = Generated::new(&pipeline, vae_name);
+    let outcome = measure(arguments, pipeline, report, &name, level, start);
     if let Some(path) = made_up.filter(|_| arguments.no_keep) {
         std::fs::remove_file(&path).map_err(|error| Failure::io("remove", &path, &error))?;
     }
@@ -37,19 +41,19 @@ pub(crate) fn run(arguments: &BenchModel) -> Result<()> {
 
 fn measure(
     arguments: &BenchModel,
-    file: ModelFile,
+    pipeline: Pipeline,
+    mut report: Generated,
     name: &str,
-    settings: engine::pipeline::Settings,
     level: Level,
     start: Instant,
 ) -> Result<()> {
-    let mut request = Request::new(PROMPT, file.card());
+    let mut request = Request::new(PROMPT, pipeline.card());
     request.width = arguments.width.unwrap_or(request.width);
     request.height = arguments.height.unwrap_or(request.height);
     request.steps = arguments.steps;
     request.guidance_scale = arguments.cfg.unwrap_or(request.guidance_scale);
-    request.validate(file.card())?;
-    let mut report = Generated::new(&file, &settings);
+    request.validate(pipeline.card())?;
+    let settings = pipeline.settings();
     let title = format!(
         "{name}, {}x{}, {}, {} threads",
         request.width,
@@ -57,7 +61,7 @@ fn measure(
         settings.isa.name(),
         settings.threads
     );
-    let (pipeline, profile) = profile::watch(Pipeline::new(file, settings)?, &arguments.profiling)?;
+    let (pipeline, profile) = profile::watch(pipeline, &arguments.profiling)?;
     let opened = start.elapsed().as_secs_f64();
     let mut progress = PictureProgress::new(level, name, request.steps);
     let mut made = pipeline.generate(&request, &mut |event| {

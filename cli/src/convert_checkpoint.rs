@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use convert::{Options, Summary, Total};
+use convert::{Options, Subject, Summary, Total};
 
 use crate::args::Convert;
 use crate::failure::{Failure, Result};
@@ -71,11 +71,14 @@ fn table(title: &str, totals: &[Total]) -> String {
 }
 
 fn closing_line(summary: &Summary, seconds: f64) -> String {
+    let bits = match summary.card {
+        Subject::Model(_) => format!(", {:.2} bits per weight in the denoiser", summary.unet_bits_per_weight),
+        Subject::Vae(_) => String::new(),
+    };
     format!(
-        "{} to {}, {:.2} bits per weight in the denoiser, {seconds:.1} s, {}/s",
+        "{} to {}{bits}, {seconds:.1} s, {}/s",
         size::bytes(summary.source_bytes),
         size::bytes(summary.file_bytes),
-        summary.unet_bits_per_weight,
         size::bytes((summary.source_bytes as f64 / seconds.max(1e-3)) as u64)
     )
 }

@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use engine::card::Card;
-use engine::pipeline::{Picture, Pipeline, Request};
+use engine::pipeline::{Picture, Request};
 
 use crate::args::Gen;
 use crate::failure::Result;
 use crate::output::Output;
+use crate::parameters::Names;
 use crate::progress::{Level, PictureProgress};
 use crate::report::{Generated, Image, to_json};
 use crate::{interrupt, latents, model, parameters, picture, profile, size, terminal};
@@ -17,20 +18,24 @@ pub(crate) fn run(arguments: &Gen) -> Result<()> {
     let start = Instant::now();
     let level = Level::from(arguments.voice);
     let (file, name) = model::open(arguments.model.as_deref())?;
-    let settings = model::settings(&arguments.machine)?;
-    let requests = requests(arguments, file.card())?;
+    let vae = model::open_vae(arguments.vae.as_deref())?;
+    let names = Names { model: name, vae: vae.as_ref().map(|vae| vae.name.clone()) };
+    let pipeline = model::pipeline(file, vae, model::settings(&arguments.machine)?)?;
+    let requests = requests(arguments, pipeline.card())?;
     let outputs = outputs(arguments, &requests)?;
     let latents_out = arguments.latents_out.clone().map(Output::new).transpose()?;
+    let settings = pipeline.settings();
     level.detail(&format!(
-        "model {name}, {} threads, {}, {}, memory: {}",
+        "model {}, {} threads, {}, {}, memory: {}",
+        names.model,
         settings.threads,
         settings.isa.name(),
         settings.precision,
         model::ram_text(settings.ram)
     ));
 
-    let mut report = Generated::new(&file, &settings);
-    let (pipeline, profile) = profile::watch(Pipeline::new(file, settings)?, &arguments.profiling)?;
+    let mut report = Generated::new(&pipeline, names.vae.clone());
+    let (pipeline, profile) = profile::watch(pipeline, &arguments.profiling)?;
     let opened = start.elapsed().as_secs_f64();
     for (request, output) in requests.iter().zip(&outputs) {
         let mut progress = PictureProgress::new(level, &format!("seed {}", request.seed), request.steps);
@@ -41,7 +46,7 @@ pub(crate) fn run(arguments: &Gen) -> Result<()> {
         drop(progress);
         made.timings.total_s += opened - made.timings.open_s;
         made.timings.open_s = opened;
-        output.write(&picture::encode(&made, parameters::text(request, &name)))?;
+        output.write(&picture::encode(&made, parameters::text(request, &names)))?;
         if let Some(latents_out) = &latents_out {
             latents_out.write(&latents::encode(&made.latents))?;
         }

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use convert::Inspection;
+use engine::card::VaeCard;
 
 use crate::args::Inspect;
 use crate::failure::Result;
@@ -25,6 +26,10 @@ fn describe(found: &Inspection) -> String {
         text += "\n";
         text += &describe_card(card);
     }
+    if let Some(card) = &found.vae {
+        text += "\n";
+        text += &describe_vae(card);
+    }
     for part in &found.parts {
         let types: Vec<String> =
             part.types.iter().map(|(name, n)| format!("{name} {}", size::bytes(*n))).collect();
@@ -42,6 +47,17 @@ fn describe(found: &Inspection) -> String {
     }
     if let Some(fault) = &found.fault {
         let _ = write!(text, "\nfault       {fault}");
+    }
+    text
+}
+
+/// The card of a VAE alone, for people.
+fn describe_vae(card: &VaeCard) -> String {
+    let (channels, factor) = (card.vae.latent_channels, card.vae.factor());
+    let encoder = if card.vae.has_encoder() { "" } else { ", decoder alone" };
+    let mut text = format!("tiny VAE    {channels} channels, {factor}x{factor} pixels a latent{encoder}");
+    if !card.provenance.quant.is_empty() {
+        let _ = write!(text, "\nmade by     {}", card.provenance.converter);
     }
     text
 }

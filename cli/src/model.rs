@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use convert::synthetic;
-use engine::card::Card;
-use engine::format::ModelFile;
+use engine::card::{Card, Provenance};
+use engine::format::{ModelFile, VaeFile};
 use engine::memory;
-use engine::pipeline::Settings;
+use engine::pipeline::{Pipeline, Settings};
 use kernels::Isa;
 
 use crate::args::Machine;
@@ -19,9 +19,38 @@ use crate::size::{self, Ram};
 pub(crate) fn open(path: Option<&Path>) -> Result<(ModelFile, String)> {
     let Some(path) = path else { return Ok((demo::open()?, demo::NAME.into())) };
     let file = ModelFile::open(path)?;
+    let name = name(path, &file.card().provenance);
+    Ok((file, name))
+}
+
+/// The name of the file, without what a conversion adds to it.
+fn name(path: &Path, provenance: &Provenance) -> String {
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-    let name = stem.strip_suffix(&format!(".{}", file.card().provenance.quant)).unwrap_or(&stem);
-    Ok((file, name.to_string()))
+    stem.strip_suffix(&format!(".{}", provenance.quant)).unwrap_or(&stem).to_string()
+}
+
+/// A VAE to be used in place of a model's.
+#[derive(Debug)]
+pub(crate) struct Vae {
+    pub(crate) file: VaeFile,
+    pub(crate) name: String,
+}
+
+/// The VAE at `path`, where there is one.
+pub(crate) fn open_vae(path: Option<&Path>) -> Result<Option<Vae>> {
+    let Some(path) = path else { return Ok(None) };
+    let file = VaeFile::open(path)?;
+    let name = name(path, &file.card().provenance);
+    Ok(Some(Vae { file, name }))
+}
+
+/// A pipeline for a model, with `vae` in place of its own.
+pub(crate) fn pipeline(file: ModelFile, vae: Option<Vae>, settings: Settings) -> Result<Pipeline> {
+    let pipeline = Pipeline::new(file, settings)?;
+    Ok(match vae {
+        Some(vae) => pipeline.with_vae(vae.file)?,
+        None => pipeline,
+    })
 }
 
 /// The card of a published model.

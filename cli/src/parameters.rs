@@ -7,8 +7,16 @@ use engine::pipeline::{Noise, Request};
 use engine::sampler;
 use engine::schedule::Spread;
 
+/// What a picture was made with.
+#[derive(Debug)]
+pub(crate) struct Names {
+    pub(crate) model: String,
+    /// Where it isn't the model's own.
+    pub(crate) vae: Option<String>,
+}
+
 /// The text of the PNG keyword `parameters`.
-pub(crate) fn text(request: &Request, model: &str) -> String {
+pub(crate) fn text(request: &Request, names: &Names) -> String {
     let mut text = request.prompt.clone();
     if !request.negative_prompt.is_empty() {
         let _ = write!(text, "\nNegative prompt: {}", request.negative_prompt);
@@ -22,8 +30,11 @@ pub(crate) fn text(request: &Request, model: &str) -> String {
         ("CFG scale", format!("{:?}", request.guidance_scale)),
         ("Seed", request.seed.to_string()),
         ("Size", format!("{}x{}", request.width, request.height)),
-        ("Model", model.into()),
+        ("Model", names.model.clone()),
     ];
+    if let Some(vae) = &names.vae {
+        pairs.push(("VAE", vae.clone()));
+    }
     if request.noise == Noise::Torch {
         pairs.push(("RNG", "CPU".into()));
     }
@@ -64,11 +75,14 @@ mod tests {
         let settings = "Steps: 20, Sampler: Euler, Schedule type: Karras, CFG scale: 7.0, Seed: 1, Size: 512x768, Model: \
                         \"a, b\", Version: sdfast ";
         let version = env!("CARGO_PKG_VERSION");
-        assert_eq!(text(&request, "a, b"), format!("a red circle, large\n{settings}{version}"));
+        let mut names = Names { model: "a, b".into(), vae: None };
+        assert_eq!(text(&request, &names), format!("a red circle, large\n{settings}{version}"));
         request.negative_prompt = "blur\nnoise".into();
         assert_eq!(
-            text(&request, "a, b"),
+            text(&request, &names),
             format!("a red circle, large\nNegative prompt: blur\nnoise\n{settings}{version}")
         );
+        names.vae = Some("taesd".into());
+        assert!(text(&request, &names).contains(", Model: \"a, b\", VAE: taesd, Version: "));
     }
 }

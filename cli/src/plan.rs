@@ -64,6 +64,11 @@ pub(crate) fn run(arguments: &Plan) -> Result<()> {
             (file.card().clone(), Some(file))
         }
     };
+    let vae = model::open_vae(arguments.vae.as_deref())?;
+    let card = match &vae {
+        Some(vae) => card.with_vae(&vae.file.card().vae)?,
+        None => card,
+    };
     let mut request = Request::new("", &card);
     request.width = arguments.width.unwrap_or(request.width);
     request.height = arguments.height.unwrap_or(request.height);
@@ -72,9 +77,13 @@ pub(crate) fn run(arguments: &Plan) -> Result<()> {
     let [_, h, w] = request.latents_shape(&card);
     let prompts = if request.guidance_scale == 1.0 { 1 } else { 2 };
     let quant = arguments.quant.into();
-    let stored = |wanted: &[WeightSpec]| match &file {
-        Some(file) => weights::stored(file, wanted),
-        None => Ok(convert::stored(quant, wanted)),
+    let stored = |wanted: &[WeightSpec]| {
+        let of_vae = wanted.first().is_some_and(WeightSpec::is_of_vae);
+        match (&vae, &file) {
+            (Some(vae), _) if of_vae => weights::stored(&vae.file, wanted),
+            (_, Some(file)) => weights::stored(file, wanted),
+            (_, None) => Ok(convert::stored(quant, wanted)),
+        }
     };
     let run = Run { h, w, prompts, encodes: false };
     let plan = budget::plan(&card, &stored, &settings, run, budget::budget(&settings))?;
@@ -89,7 +98,7 @@ pub(crate) fn run(arguments: &Plan) -> Result<()> {
         model: Model {
             family: card.family,
             quant: file.as_ref().map_or(quant.name(), |f| &f.card().provenance.quant).to_owned(),
-            file_bytes: file.as_ref().map(ModelFile::file_bytes),
+            file_bytes: file.as_ref().map(|file| file.file_bytes()),
         },
         memory: Memory { measured_peak_bytes: None, ..Memory::new(&plan) },
         parts: plan.parts.iter().map(|p| part(p, verbose)).collect(),

@@ -1,7 +1,7 @@
 //! What `--json` prints.
 
 use engine::format::ModelFile;
-use engine::pipeline::{Memory, Settings, Timings};
+use engine::pipeline::{Memory, Pipeline, Timings};
 use serde::Serialize;
 
 /// `gen --json`
@@ -23,6 +23,9 @@ pub(crate) struct Model {
     family: engine::card::Family,
     quant: String,
     file_bytes: u64,
+    /// Name of the VAE, where it isn't the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vae: Option<String>,
 }
 
 /// One picture.
@@ -35,17 +38,20 @@ pub(crate) struct Image {
 }
 
 impl Model {
-    pub(crate) fn new(file: &ModelFile) -> Model {
+    fn new(file: &ModelFile, vae: Option<String>) -> Model {
         let card = file.card();
-        Model { family: card.family, quant: card.provenance.quant.clone(), file_bytes: file.file_bytes() }
+        let (quant, file_bytes) = (card.provenance.quant.clone(), file.file_bytes());
+        Model { family: card.family, quant, file_bytes, vae }
     }
 }
 
 impl Generated {
-    pub(crate) fn new(file: &ModelFile, settings: &Settings) -> Generated {
+    /// Of pictures that `pipeline` makes, with another VAE than the model's where that has a name.
+    pub(crate) fn new(pipeline: &Pipeline, vae: Option<String>) -> Generated {
+        let settings = pipeline.settings();
         Generated {
             version: env!("CARGO_PKG_VERSION"),
-            model: Model::new(file),
+            model: Model::new(pipeline.file(), vae),
             isa: settings.isa.name(),
             threads: settings.threads,
             precision: settings.precision.name(),

@@ -232,14 +232,17 @@ fn spread(activation: Activation, g: f64, b: f64) -> f64 {
         (2.0, 0.0540),
         (3.0, 0.0044),
     ];
-    let slope = match activation {
-        Activation::None => return g.hypot(b),
-        Activation::Silu => 1.0,
+    if activation == Activation::None {
+        return g.hypot(b);
+    }
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    let value = |x: f64| match activation {
+        Activation::Relu => x.max(0.0),
+        Activation::Silu => x * sigmoid(x),
         // All kinds of GELU are about the same.
-        _ => 1.702,
+        _ => x * sigmoid(1.702 * x),
     };
-    let square = |x: f64| (x / (1.0 + (-slope * x).exp())).powi(2);
-    POINTS.iter().map(|(z, weight)| weight * square(g * z + b)).sum::<f64>().sqrt()
+    POINTS.iter().map(|(z, weight)| weight * value(g * z + b).powi(2)).sum::<f64>().sqrt()
 }
 
 /// For each input, the root mean square of its weights relative to those of the same outputs: the widest of all matrices.

@@ -4,12 +4,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use engine::card::Card;
-use engine::format::ModelFile;
+use engine::card::{Card, VaeCard};
+use engine::format::{ModelFile, VaeFile, WeightFile};
 use serde::Serialize;
 
 use crate::error::Error;
-use crate::family::{self, Sources, Wishes};
+use crate::family::{self, Sources, Subject, Wishes};
 use crate::report;
 use crate::source::Source;
 
@@ -22,6 +22,9 @@ pub struct Inspection {
     pub layout: String,
     /// The model; nothing where the file is none, see `fault`.
     pub card: Option<Card>,
+    /// The VAE, where the file holds one alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vae: Option<VaeCard>,
     /// The networks in it.
     pub parts: Vec<PartInfo>,
     /// What was concluded and what would be left out.
@@ -48,14 +51,18 @@ pub struct PartInfo {
 /// Looks into a checkpoint or an `.sdq` file.
 pub fn inspect(path: &Path) -> Result<Inspection, Error> {
     match ModelFile::open(path) {
-        Ok(file) => return Ok(inspect_model(path, &file)),
+        Ok(file) => return Ok(Inspection { card: Some(file.card().clone()), ..inspect_file(path, &file) }),
+        Err(engine::format::Error::VaeAlone { .. }) => {
+            let file = VaeFile::open(path)?;
+            return Ok(Inspection { vae: Some(file.card().clone()), ..inspect_file(path, &file) });
+        }
         Err(engine::format::Error::NotSdq { .. }) => {}
         Err(error) => return Err(error.into()),
     }
     let sources = Sources { model: Source::open(path)?, vae: None };
     let source = &sources.model;
-    let (card, tensors, notes, fault) = match family::recognize(&sources, &Wishes::default()) {
-        Ok(found) => (Some(found.card), found.tensors, found.notes, None),
+    let (subject, tensors, notes, fault) = match family::recognize(&sources, &Wishes::default()) {
+        Ok(found) => (Some(found.subject), found.tensors, found.notes, None),
         Err(error) => (None, BTreeMap::new(), Vec::new(), Some(error.to_string())),
     };
     let part_of: BTreeMap<&str, &str> = tensors
@@ -68,10 +75,12 @@ pub fn inspect(path: &Path) -> Result<Inspection, Error> {
         parts.add(part, tensor.count() as u64, tensor.bytes(), tensor.dtype.name());
     }
     let layout = source.layout.to_owned();
-    Ok(Inspection { path: path.to_owned(), layout, card, parts: parts.0, notes, fault })
+    let card = subject.as_ref().and_then(Subject::model).cloned();
+    let vae = subject.as_ref().and_then(Subject::vae).cloned();
+    Ok(Inspection { path: path.to_owned(), layout, card, vae, parts: parts.0, notes, fault })
 }
 
-fn inspect_model(path: &Path, file: &ModelFile) -> Inspection {
+fn inspect_file(path: &Path, file: &WeightFile) -> Inspection {
     let mut parts = Parts::default();
     for part in file.parts() {
         for tensor in &file.tensors()[part.tensors.clone()] {
@@ -82,7 +91,8 @@ fn inspect_model(path: &Path, file: &ModelFile) -> Inspection {
     Inspection {
         path: path.to_owned(),
         layout: ".sdq file".into(),
-        card: Some(file.card().clone()),
+        card: None,
+        vae: None,
         parts: parts.0,
         notes: Vec::new(),
         fault: None,

@@ -28,6 +28,7 @@ use engine::graph::Network;
 use engine::graph::weight::{Stored, WeightSpec};
 
 pub use error::Error;
+pub use family::Subject;
 pub use inspect::{Inspection, PartInfo, inspect};
 pub use policy::{Quant, stored};
 pub use report::{FactorsReport, Summary, TensorReport, Total};
@@ -109,7 +110,7 @@ pub fn convert(options: &Options, progress: &(dyn Fn(Progress<'_>) + Sync)) -> R
         quant: options.quant.name(),
     };
     let mut recognized = family::recognize(&sources, &wishes)?;
-    let networks = engine::models::networks(&recognized.card);
+    let networks = recognized.subject.networks();
     let specs = || networks.iter().flat_map(|(_, network)| network.weights());
     policy.check(specs())?;
     check_names(&sources, &mut recognized, specs(), options.force)?;
@@ -131,9 +132,13 @@ pub fn convert(options: &Options, progress: &(dyn Fn(Progress<'_>) + Sync)) -> R
         vectors.extend(pool.install(|| factors::choose(&sources, &recognized, network, &mut stored))?);
         parts.push((part.name(), with_factors(network, &stored)));
     }
-    let tokenizer = tokenizer::choose(sources.model.tokenizer.as_ref());
-    let tokenizer = Tokenizer { vocab: &tokenizer.vocab, merges: &tokenizer.merges };
-    let layout = Layout::new(&recognized.card, tokenizer, &parts)?;
+    let layout = match &recognized.subject {
+        Subject::Model(card) => {
+            let files = tokenizer::choose(sources.model.tokenizer.as_ref());
+            Layout::new(card, Tokenizer { vocab: &files.vocab, merges: &files.merges }, &parts)?
+        }
+        Subject::Vae(card) => Layout::of_vae(card, &parts)?,
+    };
     let specs = parts.iter().flat_map(|(part, specs)| specs.iter().map(move |s| (*part, s)));
     let mut names = Vec::new();
     let mut jobs = Vec::new();
@@ -148,7 +153,8 @@ pub fn convert(options: &Options, progress: &(dyn Fn(Progress<'_>) + Sync)) -> R
         jobs.push(Job { place, spec, encoding, view, bytes, factors });
     }
 
-    let calibration = options.calibrate.as_deref();
+    // A VAE alone makes no pictures, and has no weights of 8 bits.
+    let calibration = options.calibrate.as_deref().filter(|_| recognized.subject.model().is_some());
     let calibration = calibration.map(|path| Calibration::new(options, path, &output)).transpose()?;
     let writer = Writer::create(&output, layout)?;
     let settings = Settings {
@@ -211,7 +217,7 @@ fn check_names<'a>(
     if !unexpected.is_empty() {
         let names: Vec<String> = unexpected.into_iter().map(|(_, view)| view.name.clone()).collect();
         if !force {
-            let family = family::family_name(recognized.card.family).to_owned();
+            let family = recognized.subject.name().to_owned();
             return Err(Error::Unexpected { path, family, names });
         }
         recognized.notes.push(format!("{} unexpected tensors are left out, {} first", names.len(), names[0]));
@@ -272,7 +278,7 @@ fn summarize(
         output: output.to_owned(),
         file_bytes: writer.layout().file_bytes(),
         source_bytes: jobs.iter().map(|j| sources.of(&j.view).tensors[&j.view.name].bytes()).sum(),
-        card: recognized.card,
+        card: recognized.subject,
         notes,
         parts: report::totals(&tensors, |t| &t.part),
         encodings: report::totals(&tensors, |t| &t.encoding),

@@ -3,10 +3,11 @@
 
 use std::path::PathBuf;
 
-use engine::card::Card;
 use engine::format::Layout;
 use engine::graph::weight::{Role, WeightKind};
 use serde::Serialize;
+
+use crate::family::Subject;
 
 /// A conversion that is done.
 #[derive(Clone, Debug, Serialize)]
@@ -17,8 +18,8 @@ pub struct Summary {
     pub file_bytes: u64,
     /// Bytes of the tensors that went into it, as the checkpoint has them.
     pub source_bytes: u64,
-    /// What the model is.
-    pub card: Card,
+    /// What it is.
+    pub card: Subject,
     /// What to tell: conclusions drawn, things left out.
     pub notes: Vec<String>,
     /// Totals of each network, in the order of the file.

@@ -6,6 +6,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::Error;
+
 /// What a checkpoint is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Card {
@@ -121,7 +123,7 @@ pub struct AdditionEmbed {
     pub projection_input_dim: usize,
 }
 
-/// An AutoencoderKL.
+/// An AutoencoderKL; or, where there is `tiny`, an AutoencoderTiny, which has neither norms nor attention.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VaeConfig {
     /// Channels of the picture.
@@ -132,9 +134,9 @@ pub struct VaeConfig {
     pub latent_channels: usize,
     /// Channels of each level, highest resolution first.
     pub block_out_channels: Vec<usize>,
-    /// Residual blocks per level of the encoder; the decoder has one more.
+    /// Residual blocks per level of the encoder; the decoder has one more. 0 of an AutoencoderTiny.
     pub layers_per_block: usize,
-    /// Groups of the group norms.
+    /// Groups of the group norms; 0 of an AutoencoderTiny.
     pub norm_num_groups: usize,
     /// Latents that the denoiser sees are the encoder's times this, after the shift is taken off.
     pub scaling_factor: f32,
@@ -151,12 +153,46 @@ pub struct VaeConfig {
     pub use_quant_conv: bool,
     /// Whether the middle has attention.
     pub mid_block_add_attention: bool,
+    /// What an AutoencoderTiny is made of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tiny: Option<TinyBlocks>,
+}
+
+/// The residual blocks of an AutoencoderTiny (TAESD).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TinyBlocks {
+    /// Blocks at each level, highest resolution first; empty where there is no encoder.
+    pub num_encoder_blocks: Vec<usize>,
+    /// Blocks at each level, lowest resolution first.
+    pub num_decoder_blocks: Vec<usize>,
+}
+
+/// The card of a file that holds a VAE alone, to be used beside a model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VaeCard {
+    /// The VAE.
+    pub vae: VaeConfig,
+    /// Which program wrote the file.
+    pub provenance: Provenance,
+}
+
+impl VaeCard {
+    /// Whether the networks it describes can be built; if not, what is wrong.
+    pub fn check(&self) -> Result<(), String> {
+        self.vae.check()?;
+        self.provenance.check()
+    }
 }
 
 impl VaeConfig {
     /// Pixels per latent, each way.
     pub fn factor(&self) -> usize {
         1 << (self.block_out_channels.len() - 1)
+    }
+
+    /// Whether pictures can be encoded, too.
+    pub fn has_encoder(&self) -> bool {
+        self.tiny.as_ref().is_none_or(|tiny| !tiny.num_encoder_blocks.is_empty())
     }
 
     /// From the denoiser's latents to the encoder's, in place: `[latent_channels, n]`.
@@ -292,6 +328,13 @@ mod limit {
 }
 
 impl Card {
+    /// The same model with another VAE.
+    pub fn with_vae(&self, vae: &VaeConfig) -> Result<Card, Error> {
+        let card = Card { vae: vae.clone(), ..self.clone() };
+        card.check().map_err(|what| Error::VaeMisfit { what })?;
+        Ok(card)
+    }
+
     /// Whether the networks it describes can be built; if not, what is wrong.
     pub fn check(&self) -> Result<(), String> {
         inside("text encoders", self.text_encoders.len(), 1, 2)?;
@@ -319,10 +362,15 @@ impl Card {
         }
         inside("steps", *steps, 1, limit::STEPS)?;
         finite("guidance_scale", f64::from(*guidance_scale))?;
-        for text in [sampler, &self.provenance.converter, &self.provenance.quant] {
-            inside("characters of a name", text.len(), 0, limit::TEXT)?;
-        }
-        Ok(())
+        inside("characters of a name", sampler.len(), 0, limit::TEXT)?;
+        self.provenance.check()
+    }
+}
+
+impl Provenance {
+    fn check(&self) -> Result<(), String> {
+        let texts = [&self.converter, &self.quant];
+        texts.into_iter().try_for_each(|text| inside("characters of a name", text.len(), 0, limit::TEXT))
     }
 }
 
@@ -391,8 +439,13 @@ impl VaeConfig {
         inside("in_channels", self.in_channels, 1, limit::CHANNELS)?;
         inside("out_channels", self.out_channels, 1, limit::CHANNELS)?;
         inside("latent_channels", self.latent_channels, 1, limit::CHANNELS / 2)?;
-        inside("layers_per_block", self.layers_per_block, 1, limit::BLOCKS)?;
-        channels(&self.block_out_channels, self.norm_num_groups)?;
+        match &self.tiny {
+            Some(tiny) => tiny.check(&self.block_out_channels)?,
+            None => {
+                inside("layers_per_block", self.layers_per_block, 1, limit::BLOCKS)?;
+                channels(&self.block_out_channels, self.norm_num_groups)?;
+            }
+        }
         positive("scaling_factor", f64::from(self.scaling_factor))?;
         for list in [&self.latents_mean, &self.latents_std] {
             if !list.is_empty() {
@@ -407,6 +460,20 @@ impl VaeConfig {
         self.latents_mean.iter().try_for_each(|&mean| finite("latents_mean", f64::from(mean)))?;
         self.latents_std.iter().try_for_each(|&std| positive("latents_std", f64::from(std)))?;
         finite("shift_factor", f64::from(self.shift_factor))
+    }
+}
+
+impl TinyBlocks {
+    fn check(&self, widths: &[usize]) -> Result<(), String> {
+        let (first, levels) = (widths[0], widths.len());
+        inside("channels", first, 1, limit::CHANNELS)?;
+        widths.iter().try_for_each(|&width| inside("channels of another level", width, first, first))?;
+        inside("levels of the decoder", self.num_decoder_blocks.len(), levels, levels)?;
+        if !self.num_encoder_blocks.is_empty() {
+            inside("levels of the encoder", self.num_encoder_blocks.len(), levels, levels)?;
+        }
+        let blocks = self.num_decoder_blocks.iter().chain(&self.num_encoder_blocks);
+        blocks.into_iter().try_for_each(|&blocks| inside("residual blocks", blocks, 0, limit::BLOCKS))
     }
 }
 

@@ -78,6 +78,15 @@ pub enum Error {
         /// Channels of the latents.
         latents: usize,
     },
+    /// A VAE that was given beside the model, and isn't for its latents.
+    #[error("this VAE doesn't fit the model: {what}")]
+    VaeMisfit {
+        /// What contradicts.
+        what: String,
+    },
+    /// Pixels can't become latents.
+    #[error("the VAE has a decoder alone")]
+    NoEncoder,
     /// Latents of another size than the picture's.
     #[error("the latents are {found:?} where {expected:?} is wanted ([channels, height, width])")]
     LatentsShape {
@@ -149,6 +158,10 @@ impl Error {
             Error::EditsPictures { .. } => Some(
                 "inpainting and editing are not there yet; use a model that makes pictures from text".into(),
             ),
+            Error::VaeMisfit { .. } => {
+                Some("SD 1.x and 2.x take the VAEs made for them, SDXL others; without --vae it is the model's own".into())
+            }
+            Error::NoEncoder => Some("convert a VAE with its encoder".into()),
             Error::LatentsShape { expected: [_, h, w], .. } => {
                 Some(format!("the latents must belong to the picture's size, here {w} wide and {h} high"))
             }

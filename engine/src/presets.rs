@@ -55,6 +55,7 @@ pub fn card(family: Family) -> Card {
             latents_std: Vec::new(),
             use_quant_conv: true,
             mid_block_add_attention: true,
+            tiny: None,
         },
         schedule: ScheduleConfig {
             num_train_timesteps: 1000,

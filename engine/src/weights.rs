@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::budget::PartPlan;
 use crate::error::{Error, Result};
-use crate::format::ModelFile;
+use crate::format::WeightFile;
 use crate::graph::weight::{Stored, WeightKind, WeightSpec};
 
 /// How `file` stores each of `wanted`, after checking that it has them all in the shapes wanted.
-pub fn stored(file: &ModelFile, wanted: &[WeightSpec]) -> Result<Vec<Stored>> {
+pub fn stored(file: &WeightFile, wanted: &[WeightSpec]) -> Result<Vec<Stored>> {
     let each = wanted.iter().map(|spec| {
         let tensor =
             file.tensor(&spec.name).ok_or_else(|| Error::TensorMissing { name: spec.name.clone() })?;
@@ -26,7 +26,7 @@ pub fn stored(file: &ModelFile, wanted: &[WeightSpec]) -> Result<Vec<Stored>> {
 }
 
 /// The bytes of each of `wanted`, which are the weights of a plan for what [`stored`] has said.
-pub fn bytes<'a>(file: &'a ModelFile, wanted: &[WeightSpec]) -> Vec<&'a [u8]> {
+pub fn bytes<'a>(file: &'a WeightFile, wanted: &[WeightSpec]) -> Vec<&'a [u8]> {
     let find =
         |spec: &WeightSpec| file.tensor(&spec.name).expect("a plan is made for tensors that are there");
     wanted.iter().map(|spec| file.bytes(find(spec))).collect()
@@ -39,7 +39,7 @@ const AHEAD_BYTES: usize = 64 << 20;
 /// them, and dropped behind it.
 #[derive(Debug)]
 pub struct Stream<'f> {
-    file: &'f ModelFile,
+    file: &'f WeightFile,
     /// For each step, where its weights are in the file.
     ranges: Vec<Vec<Range<usize>>>,
     /// For each step, whether they stay.
@@ -50,7 +50,7 @@ pub struct Stream<'f> {
 
 impl<'f> Stream<'f> {
     /// For the steps of `part`.
-    pub fn new(file: &'f ModelFile, part: &PartPlan) -> Self {
+    pub fn new(file: &'f WeightFile, part: &PartPlan) -> Self {
         let wanted = part.plan.weights();
         let range =
             |&w: &usize| file.tensor(&wanted[w].name).expect("the plan was made for this file").range();

@@ -126,6 +126,7 @@ impl Activation {
     pub fn apply<S: Simd>(self, s: S, x: S::F) -> S::F {
         match self {
             Activation::None => x,
+            Activation::Relu => s.max(x, s.splat(0.0)),
             Activation::Silu => silu(s, x),
             Activation::Gelu | Activation::Geglu => gelu(s, x),
             Activation::GeluTanh => gelu_tanh(s, x),

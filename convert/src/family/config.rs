@@ -5,16 +5,16 @@
 use std::collections::BTreeMap;
 
 use engine::card::{
-    AdditionEmbed, Card, ClipActivation, ClipConfig, Family, Prediction, Provenance, UnetConfig, VaeConfig,
+    AdditionEmbed, Card, ClipActivation, ClipConfig, Family, Prediction, UnetConfig, VaeConfig,
 };
 use serde_json::Value;
 
-use super::{Sources, View, Wishes, family_name};
+use super::{Sources, View, Wishes, family_name, provenance, tiny_vae};
 use crate::error::Error;
 use crate::source::Configs;
 
 /// Most of anything that is counted: more than any network has.
-const MANY: usize = 256;
+pub(super) const MANY: usize = 256;
 /// Width of an attention head where no config says otherwise.
 const HEAD: usize = 64;
 
@@ -69,8 +69,7 @@ impl Evidence<'_> {
                 Prediction::V => "the velocity",
             }
         ));
-        let converter = concat!("sdconv ", env!("CARGO_PKG_VERSION")).to_owned();
-        let provenance = Provenance { converter, quant: self.wishes.quant.to_owned() };
+        let provenance = provenance(self.wishes);
         Ok(Card { family, text_encoders, unet, vae, schedule, defaults, provenance })
     }
 
@@ -78,7 +77,7 @@ impl Evidence<'_> {
         Error::Unsupported { path: self.sources.model.path.clone(), what: what.into() }
     }
 
-    fn missing(&self, name: &str) -> Error {
+    pub(super) fn missing(&self, name: &str) -> Error {
         Error::Missing { path: self.sources.model.path.clone(), names: vec![name.to_owned()] }
     }
 
@@ -86,12 +85,12 @@ impl Evidence<'_> {
         self.tensors.get(name).map(|view| self.sources.shape(view))
     }
 
-    fn has(&self, name: &str) -> bool {
+    pub(super) fn has(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
     }
 
     /// Dimension `i` of a tensor that must be there.
-    fn dim(&self, name: &str, i: usize) -> Result<usize, Error> {
+    pub(super) fn dim(&self, name: &str, i: usize) -> Result<usize, Error> {
         let shape = self.shape(name).ok_or_else(|| self.missing(name))?;
         let tensor = || self.tensors[name].name.clone();
         shape.get(i).copied().ok_or_else(|| Error::Shape {
@@ -299,6 +298,9 @@ impl Evidence<'_> {
             Some(vae) => vae.configs.get("vae"),
             None => self.configs.get("vae"),
         };
+        if tiny_vae::is(self.tensors) {
+            return self.tiny_vae(config);
+        }
         self.demand("VAE", config, &VAE_MUST)?;
         let levels = self.count("vae.encoder.down_blocks");
         let widths: Result<Vec<usize>, Error> = (0..levels)
@@ -342,6 +344,7 @@ impl Evidence<'_> {
             latents_std,
             use_quant_conv: self.has("vae.post_quant_conv.weight"),
             mid_block_add_attention: self.has("vae.decoder.mid_block.attentions.0.to_q.weight"),
+            tiny: None,
         })
     }
 

@@ -47,8 +47,8 @@ const BESIDE: [(&str, &str, &str); 32] = [
     ("vision_model.", "an image encoder (CLIP)", USE),
     ("visual.conv1.", "an image encoder (CLIP)", USE),
     ("concept_embeds", "a safety checker", "convert the model it goes with; no safety checker is needed"),
-    ("taesd_decoder.", "a tiny VAE (TAESD)", USE),
-    ("decoder.layers.", "a tiny VAE (TAESD)", USE),
+    ("taesd_decoder.", "a part of a tiny VAE (TAESD)", COMPLETE),
+    ("decoder.layers.", "a part of a tiny VAE (TAESD)", COMPLETE),
     ("string_to_param", "an embedding (textual inversion)", USE),
     ("emb_params", "an embedding (textual inversion)", USE),
     ("motion_modules.", "a motion module", USE),
@@ -57,6 +57,7 @@ const BESIDE: [(&str, &str, &str); 32] = [
     ("RRDB", "an upscaler", USE),
     ("model.1.sub.0.RDB", "an upscaler", USE),
 ];
+const COMPLETE: &str = "is the download complete?";
 const USE: &str = "convert the model it goes with; such files are used beside a model";
 
 /// Whether it is a whole model; if not, what it is.

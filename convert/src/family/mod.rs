@@ -6,22 +6,70 @@ mod config;
 mod kind;
 mod names;
 mod schedule;
+mod tiny_vae;
 mod unet;
 mod vae;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use engine::card::{Card, Family, Prediction};
+use engine::card::{Card, Family, Prediction, Provenance, VaeCard};
+use engine::graph::Network;
+use engine::models::{self, Part};
+use serde::Serialize;
 
 use crate::error::Error;
 use crate::source::{Configs, Source, read_configs};
 pub(crate) use names::{Take, View};
 
+/// What a checkpoint holds.
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+pub enum Subject {
+    /// A whole model.
+    Model(Box<Card>),
+    /// A VAE alone.
+    Vae(Box<VaeCard>),
+}
+
+impl Subject {
+    /// The networks that a file of it has.
+    pub(crate) fn networks(&self) -> Vec<(Part, Network)> {
+        match self {
+            Subject::Model(card) => models::networks(card),
+            Subject::Vae(card) => models::vae_networks(&card.vae),
+        }
+    }
+
+    /// What people call it.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Subject::Model(card) => family_name(card.family),
+            Subject::Vae(_) => "tiny VAE (TAESD)",
+        }
+    }
+
+    /// The card of a whole model.
+    pub fn model(&self) -> Option<&Card> {
+        match self {
+            Subject::Model(card) => Some(card),
+            Subject::Vae(_) => None,
+        }
+    }
+
+    /// The card of a VAE alone.
+    pub fn vae(&self) -> Option<&VaeCard> {
+        match self {
+            Subject::Model(_) => None,
+            Subject::Vae(card) => Some(card),
+        }
+    }
+}
+
 /// A checkpoint that has been understood.
 #[derive(Debug)]
 pub(crate) struct Recognized {
-    pub(crate) card: Card,
+    pub(crate) subject: Subject,
     /// Where each tensor is found, by canonical name.
     pub(crate) tensors: BTreeMap<String, View>,
     /// For people: what was left out, what was concluded from what.
@@ -86,6 +134,19 @@ pub(crate) fn recognize(sources: &Sources, wishes: &Wishes<'_>) -> Result<Recogn
         named.tensors.append(&mut replacement);
         notes.push(format!("the VAE comes from {}", vae.path.display()));
     }
+    let unsupported = |what| Error::Unsupported { path: model.path.clone(), what };
+    if sources.vae.is_none()
+        && let Some(tensors) = tiny_vae::alone(model, &named)
+    {
+        let evidence = config::Evidence { sources, tensors: &tensors, configs: &model.configs, wishes };
+        let vae = evidence.tiny_vae(model.configs.get("vae"))?;
+        notes.push("a tiny VAE (TAESD), to be used beside a model".into());
+        let card = VaeCard { vae, provenance: provenance(wishes) };
+        card.check().map_err(unsupported)?;
+        let strangers = named.strangers.into_iter().filter(|name| tensors.values().all(|v| v.name != *name));
+        let strangers = strangers.collect();
+        return Ok(Recognized { subject: Subject::Vae(Box::new(card)), tensors, notes, strangers });
+    }
     kind::check(model, &named)?;
     let lent;
     let configs: &Configs = match wishes.config {
@@ -101,8 +162,14 @@ pub(crate) fn recognize(sources: &Sources, wishes: &Wishes<'_>) -> Result<Recogn
     };
     let evidence = config::Evidence { sources, tensors: &named.tensors, configs, wishes };
     let card = evidence.card(&mut notes)?;
-    card.check().map_err(|what| Error::Unsupported { path: model.path.clone(), what })?;
-    Ok(Recognized { card, tensors: named.tensors, notes, strangers: named.strangers })
+    card.check().map_err(unsupported)?;
+    let subject = Subject::Model(Box::new(card));
+    Ok(Recognized { subject, tensors: named.tensors, notes, strangers: named.strangers })
+}
+
+fn provenance(wishes: &Wishes<'_>) -> Provenance {
+    let converter = concat!("sdconv ", env!("CARGO_PKG_VERSION")).to_owned();
+    Provenance { converter, quant: wishes.quant.to_owned() }
 }
 
 /// What people call a family.

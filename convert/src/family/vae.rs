@@ -1,4 +1,4 @@
-//! The VAE's names: those of the original code (LDM), and those of diffusers, old and new.
+//! The VAE's names: those of the original code (LDM), and those of diffusers, old and new; TAESD's, which are numbers.
 #![forbid(unsafe_code)]
 
 use super::names::{Take, number, replace_start};
@@ -18,7 +18,9 @@ const ATTENTION: [(&str, &str); 9] = [
 
 /// Whether a name without a prefix is one of a VAE.
 pub(super) fn is_key(name: &str) -> bool {
-    ["encoder.", "decoder.", "quant_conv.", "post_quant_conv."].iter().any(|start| name.starts_with(start))
+    let starts =
+        ["encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "taesd_encoder.", "taesd_decoder."];
+    starts.iter().any(|start| name.starts_with(start))
 }
 
 /// Canonical keys of `(name, key)` pairs. A key of no known place stays as it is.
@@ -31,9 +33,13 @@ pub(super) fn rename<'a>(keys: &[(&'a str, &'a str)]) -> Vec<(String, &'a str, T
 
 /// LDM numbers the decoder's levels from the highest resolution, diffusers in execution order; `last` is the lowest.
 fn rename_one(key: &str, last: usize) -> Option<String> {
-    let (half, rest) = key.split_once('.')?;
+    let (half, rest) = key.strip_prefix("taesd_").unwrap_or(key).split_once('.')?;
     if half != "encoder" && half != "decoder" {
         return None;
+    }
+    if let Some((layer, rest)) = number(rest) {
+        // TAESD's own decoder has one layer more than diffusers', before all others.
+        return Some(format!("{half}.layers.{}.{rest}", layer.checked_sub(usize::from(half == "decoder"))?));
     }
     if let Some(rest) =
         rest.strip_prefix("mid.attn_1.").or_else(|| rest.strip_prefix("mid_block.attentions.0."))

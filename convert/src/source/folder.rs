@@ -14,6 +14,8 @@ use crate::error::Error;
 
 /// Subfolders whose weights make the model.
 const NETWORKS: [&str; 4] = ["unet", "vae", "text_encoder", "text_encoder_2"];
+/// Classes of VAEs.
+const VAES: [&str; 2] = ["AutoencoderKL", "AutoencoderTiny"];
 /// Weights by preference: whole ones before those in halves, safetensors before pickles.
 const VARIANTS: [&str; 3] = ["", ".fp16", ".bf16"];
 const EXTENSIONS: [&str; 2] = ["safetensors", "bin"];
@@ -50,7 +52,7 @@ pub(super) fn read(source: &mut Source) -> Result<(), Error> {
     let folder = source.path.clone();
     let networks: Vec<&str> = NETWORKS.into_iter().filter(|n| folder.join(n).is_dir()).collect();
     if !networks.contains(&"unet") {
-        return Err(not_a_model(&folder));
+        return read_vae(source, &folder)?.ok_or_else(|| not_a_model(&folder));
     }
     source.configs = read_configs(&folder)?;
     for network in networks {
@@ -62,6 +64,21 @@ pub(super) fn read(source: &mut Source) -> Result<(), Error> {
     }
     source.tokenizer = tokenizer(&folder)?;
     Ok(())
+}
+
+/// A folder that is a VAE, without a model around it.
+fn read_vae(source: &mut Source, folder: &Path) -> Result<Option<()>, Error> {
+    let Some(config) = json(&folder.join("config.json"))? else { return Ok(None) };
+    let class = config.get("_class_name").and_then(Value::as_str);
+    if !class.is_some_and(|class| VAES.contains(&class)) {
+        return Ok(None);
+    }
+    let Some(files) = weight_files(folder)? else { return Ok(None) };
+    for file in files {
+        source.add_file(&file, "vae.")?;
+    }
+    source.configs = Configs(BTreeMap::from([("vae".to_owned(), config)]));
+    Ok(Some(()))
 }
 
 /// The configs of a folder; those that aren't there are left out.

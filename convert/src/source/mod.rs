@@ -7,6 +7,7 @@ mod gguf;
 pub(crate) mod gguf_blocks;
 mod pickle;
 mod safetensors;
+mod taesd;
 mod torch;
 mod zip;
 
@@ -85,6 +86,7 @@ impl Source {
             folder::read(&mut source)?;
         } else {
             source.layout = source.add_file(path, "")?;
+            taesd::join_halves(&mut source)?;
         }
         Ok(source)
     }

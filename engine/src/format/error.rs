@@ -57,6 +57,12 @@ pub enum Error {
         /// What is wrong.
         fault: String,
     },
+    /// The file is no model, but something to be used beside one.
+    #[error("{file} holds a VAE alone, no model")]
+    VaeAlone {
+        /// The file.
+        file: String,
+    },
     /// The file was cut short while it was in use.
     #[error("{} was cut short or became unreadable while it was in use", path.display())]
     Lost {
@@ -84,6 +90,7 @@ impl Error {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Error::NotSdq { .. } => Some("convert a checkpoint with `sdconv CHECKPOINT`"),
+            Error::VaeAlone { .. } => Some("name a model with -m, and this file with --vae"),
             Error::Version { .. } => Some("convert the checkpoint again with this version's sdconv"),
             Error::Lost { .. } | Error::Length { .. } | Error::Damaged { .. } => {
                 Some("copy or download the file again, or convert the checkpoint again")

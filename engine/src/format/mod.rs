@@ -11,7 +11,7 @@ mod writer;
 pub use checksum::xxh64;
 pub use error::Error;
 pub use index::{Part, Tensor};
-pub use reader::{Aligned, ModelFile};
+pub use reader::{Aligned, ModelFile, VaeFile, WeightFile};
 pub use writer::{Layout, Tokenizer, Writer};
 
 /// First bytes of every file.

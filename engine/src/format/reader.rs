@@ -3,17 +3,18 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use kernels::layout::Weight;
+use serde::de::DeserializeOwned;
 
 use super::index::{Index, Part, Tensor};
 use super::lost::Watch;
 use super::{Error, MAGIC, PART_ALIGN, TENSOR_ALIGN, VERSION, checksum::xxh64, file};
 use super::{FAULT_BYTES, FOLIO_BYTES};
-use crate::card::Card;
+use crate::card::{Card, VaeCard};
 use crate::graph::weight::WeightKind;
 
 pub(super) const HEADER_BYTES: usize = 32;
@@ -24,14 +25,45 @@ const MAX_SECTIONS: usize = 64;
 /// Factors are at most this, and at least one over it.
 const MAX_FACTOR: f32 = 16_777_216.0; // 2^24
 
-/// A model file, mapped or built in, that has been checked.
+/// A file of weights, mapped or built in, that has been checked.
+#[derive(Debug)]
+pub struct WeightFile {
+    bytes: Bytes,
+    name: String,
+    sections: Sections,
+    index: Index,
+}
+
+/// A file that holds a whole model.
 #[derive(Debug)]
 pub struct ModelFile {
-    bytes: Bytes,
+    weights: WeightFile,
     card: Card,
-    index: Index,
     vocab: Range<usize>,
     merges: Range<usize>,
+}
+
+/// A file that holds a VAE, alone or in a model.
+#[derive(Debug)]
+pub struct VaeFile {
+    weights: WeightFile,
+    card: VaeCard,
+}
+
+impl Deref for ModelFile {
+    type Target = WeightFile;
+
+    fn deref(&self) -> &WeightFile {
+        &self.weights
+    }
+}
+
+impl Deref for VaeFile {
+    type Target = WeightFile;
+
+    fn deref(&self) -> &WeightFile {
+        &self.weights
+    }
 }
 
 #[derive(Debug)]
@@ -54,8 +86,70 @@ enum Bytes {
 pub struct Aligned<T: ?Sized>(pub T);
 
 impl ModelFile {
-    /// Maps the file and checks everything but the tensors' own checksums ([`ModelFile::verify`]).
+    /// Maps the file and checks everything but the tensors' own checksums ([`WeightFile::verify`]).
     pub fn open(path: &Path) -> Result<ModelFile, Error> {
+        ModelFile::check(WeightFile::open(path)?)
+    }
+
+    /// A model that is part of the program; see [`Aligned`].
+    pub fn from_static(bytes: &'static [u8]) -> Result<ModelFile, Error> {
+        ModelFile::check(WeightFile::from_static(bytes)?)
+    }
+
+    fn check(weights: WeightFile) -> Result<ModelFile, Error> {
+        if weights.sections.range("card").is_none() && weights.sections.range("vae").is_some() {
+            return Err(Error::VaeAlone { file: weights.name });
+        }
+        let (vocab, merges) =
+            (weights.section("vocab", MAX_TOKENIZER)?, weights.section("merges", MAX_TOKENIZER)?);
+        let card: Card = weights.card("card")?;
+        card.check().map_err(|fault| weights.card_fault(fault))?;
+        Ok(ModelFile { weights, card, vocab, merges })
+    }
+
+    /// Everything about the model but its weights.
+    pub fn card(&self) -> &Card {
+        &self.card
+    }
+
+    /// The tokenizer's `vocab.json`.
+    pub fn vocab(&self) -> &[u8] {
+        &self.weights.bytes.as_slice()[self.vocab.clone()]
+    }
+
+    /// The tokenizer's `merges.txt`.
+    pub fn merges(&self) -> &[u8] {
+        &self.weights.bytes.as_slice()[self.merges.clone()]
+    }
+}
+
+impl VaeFile {
+    /// As [`ModelFile::open`]; of a model, its VAE.
+    pub fn open(path: &Path) -> Result<VaeFile, Error> {
+        let weights = WeightFile::open(path)?;
+        let card: VaeCard = match weights.sections.range("vae") {
+            Some(_) => weights.card("vae")?,
+            None => weights
+                .card::<Card>("card")
+                .map(|Card { vae, provenance, .. }| VaeCard { vae, provenance })?,
+        };
+        card.check().map_err(|fault| weights.card_fault(fault))?;
+        Ok(VaeFile { weights, card })
+    }
+
+    /// Whether it holds nothing else.
+    pub fn is_alone(&self) -> bool {
+        self.weights.sections.range("vae").is_some()
+    }
+
+    /// Everything about the VAE but its weights.
+    pub fn card(&self) -> &VaeCard {
+        &self.card
+    }
+}
+
+impl WeightFile {
+    fn open(path: &Path) -> Result<WeightFile, Error> {
         let fail = |action| move |source| Error::Io { action, path: path.to_owned(), source };
         let file = File::open(path).map_err(fail("open"))?;
         let meta = file.metadata().map_err(fail("open"))?;
@@ -69,11 +163,10 @@ impl ModelFile {
         let map = file::map(&file).map_err(fail("map"))?;
         let watch = Watch::new(&map);
         let modified = meta.modified().ok();
-        ModelFile::check(Bytes::Mapped { watch, map, file, path: path.to_owned(), modified }, &name)
+        WeightFile::check(Bytes::Mapped { watch, map, file, path: path.to_owned(), modified }, name)
     }
 
-    /// A model that is part of the program; see [`Aligned`].
-    pub fn from_static(bytes: &'static [u8]) -> Result<ModelFile, Error> {
+    fn from_static(bytes: &'static [u8]) -> Result<WeightFile, Error> {
         let name = "the built-in model";
         if !bytes.as_ptr().addr().is_multiple_of(TENSOR_ALIGN as usize) {
             let fault = format!("it doesn't start at a multiple of {TENSOR_ALIGN}");
@@ -83,31 +176,42 @@ impl ModelFile {
             return Err(Error::NotSdq { file: name.to_owned() });
         };
         check_header(head, bytes.len() as u64, name)?;
-        ModelFile::check(Bytes::Static(bytes), name)
+        WeightFile::check(Bytes::Static(bytes), name.to_owned())
     }
 
-    fn check(bytes: Bytes, name: &str) -> Result<ModelFile, Error> {
-        let all = bytes.as_slice();
-        let damaged = |fault: String| Error::Damaged { file: name.to_owned(), fault };
-        let sections = Sections::read(all).map_err(damaged)?;
-        let range = |tag: &str, limit: usize| {
-            let range = sections.range(tag).ok_or_else(|| damaged(format!("it has no {tag}")))?;
-            if range.len() > limit {
-                return Err(damaged(format!("its {tag} has {} bytes", range.len())));
-            }
-            Ok(range)
-        };
-        let data = range("data", usize::MAX)?;
-        let index = &all[range("index", usize::MAX)?];
-        let index = Index::decode(index, &(data.start as u64..data.end as u64)).map_err(damaged)?;
-        let (vocab, merges) = (range("vocab", MAX_TOKENIZER)?, range("merges", MAX_TOKENIZER)?);
-        let card = &all[range("card", MAX_CARD)?];
-        let card_fault = |fault: String| Error::Card { file: name.to_owned(), fault };
-        let card: Card = serde_json::from_slice(card).map_err(|e| card_fault(e.to_string()))?;
-        card.check().map_err(card_fault)?;
-        let file = ModelFile { bytes, card, index, vocab, merges };
-        file.check_factors().map_err(damaged)?;
+    fn check(bytes: Bytes, name: String) -> Result<WeightFile, Error> {
+        let fault = |fault: String| Error::Damaged { file: name.clone(), fault };
+        let sections = Sections::read(bytes.as_slice()).map_err(fault)?;
+        let mut file = WeightFile { bytes, name, sections, index: Index::default() };
+        let (data, index) = (file.section("data", usize::MAX)?, file.section("index", usize::MAX)?);
+        let data = data.start as u64..data.end as u64;
+        file.index =
+            Index::decode(&file.bytes.as_slice()[index], &data).map_err(|fault| file.damaged(fault))?;
+        file.check_factors().map_err(|fault| file.damaged(fault))?;
         Ok(file)
+    }
+
+    fn damaged(&self, fault: String) -> Error {
+        Error::Damaged { file: self.name.clone(), fault }
+    }
+
+    fn card_fault(&self, fault: String) -> Error {
+        Error::Card { file: self.name.clone(), fault }
+    }
+
+    /// A section that must be there, of at most `limit` bytes.
+    fn section(&self, tag: &str, limit: usize) -> Result<Range<usize>, Error> {
+        let range = self.sections.range(tag).ok_or_else(|| self.damaged(format!("it has no {tag}")))?;
+        if range.len() > limit {
+            return Err(self.damaged(format!("its {tag} has {} bytes", range.len())));
+        }
+        Ok(range)
+    }
+
+    /// What the JSON of section `tag` says.
+    fn card<C: DeserializeOwned>(&self, tag: &str) -> Result<C, Error> {
+        let range = self.section(tag, MAX_CARD)?;
+        serde_json::from_slice(&self.bytes.as_slice()[range]).map_err(|e| self.card_fault(e.to_string()))
     }
 
     fn check_factors(&self) -> Result<(), String> {
@@ -125,11 +229,6 @@ impl ModelFile {
     /// The numbers of the vector at place `i` of the index.
     fn vector(&self, i: usize) -> &[f32] {
         bytemuck::cast_slice(self.bytes(&self.index.tensors[i]))
-    }
-
-    /// Everything about the model but its weights.
-    pub fn card(&self) -> &Card {
-        &self.card
     }
 
     /// Networks, in execution order.
@@ -172,16 +271,6 @@ impl ModelFile {
             }
             _ => None,
         }
-    }
-
-    /// The tokenizer's `vocab.json`.
-    pub fn vocab(&self) -> &[u8] {
-        &self.bytes.as_slice()[self.vocab.clone()]
-    }
-
-    /// The tokenizer's `merges.txt`.
-    pub fn merges(&self) -> &[u8] {
-        &self.bytes.as_slice()[self.merges.clone()]
     }
 
     /// Length of the file in bytes.
@@ -252,8 +341,7 @@ impl ModelFile {
         for tensor in self.tensors() {
             if xxh64(self.bytes(tensor)) != tensor.checksum {
                 let fault = format!("tensor {} has changed", tensor.name);
-                let file = self.path().map_or("the built-in model".into(), |p| p.display().to_string());
-                return Err(Error::Damaged { file, fault });
+                return Err(self.damaged(fault));
             }
         }
         Ok(())
@@ -293,6 +381,7 @@ fn check_header(head: &[u8; HEADER_BYTES], found: u64, name: &str) -> Result<(),
 }
 
 /// The section table, with its checksums compared.
+#[derive(Debug)]
 struct Sections(Vec<([u8; 8], Range<usize>)>);
 
 impl Sections {

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use super::index::{Index, Part, Tensor, check_name, stored_bytes};
 use super::reader::{ENTRY_BYTES, HEADER_BYTES, MAX_CARD, MAX_TOKENIZER};
 use super::{Error, MAGIC, PART_ALIGN, TENSOR_ALIGN, VERSION, checksum::xxh64, file};
-use crate::card::Card;
+use crate::card::{Card, VaeCard};
 use crate::graph::weight::{Stored, WeightSpec};
 
 /// The tokenizer's files, as they are.
@@ -46,16 +46,31 @@ impl Layout {
         tokenizer: Tokenizer<'_>,
         parts: &[(&str, Vec<(WeightSpec, Stored)>)],
     ) -> Result<Layout, Error> {
-        let fault = |fault: String| Error::Card { file: String::from("the new file"), fault };
         card.check().map_err(fault)?;
         let card = serde_json::to_vec(card).expect("a card is plain data");
-        for (what, len, limit) in [
-            ("card", card.len(), MAX_CARD),
-            ("vocabulary", tokenizer.vocab.len(), MAX_TOKENIZER),
-            ("merges", tokenizer.merges.len(), MAX_TOKENIZER),
-        ] {
-            if len > limit {
-                return Err(fault(format!("its {what} has {len} bytes")));
+        let texts = vec![
+            ("card", card, MAX_CARD),
+            ("vocab", tokenizer.vocab.to_vec(), MAX_TOKENIZER),
+            ("merges", tokenizer.merges.to_vec(), MAX_TOKENIZER),
+        ];
+        Layout::with(texts, parts)
+    }
+
+    /// The same for a VAE alone.
+    pub fn of_vae(card: &VaeCard, parts: &[(&str, Vec<(WeightSpec, Stored)>)]) -> Result<Layout, Error> {
+        card.check().map_err(fault)?;
+        let card = serde_json::to_vec(card).expect("a card is plain data");
+        Layout::with(vec![("vae", card, MAX_CARD)], parts)
+    }
+
+    /// With the sections `texts`, each of a tag, bytes, and how many these may be; the index follows the first.
+    fn with(
+        texts: Vec<(&'static str, Vec<u8>, usize)>,
+        parts: &[(&str, Vec<(WeightSpec, Stored)>)],
+    ) -> Result<Layout, Error> {
+        for (what, bytes, limit) in &texts {
+            if bytes.len() > *limit {
+                return Err(fault(format!("its {what} has {} bytes", bytes.len())));
             }
         }
         let mut index = Index::default();
@@ -86,15 +101,13 @@ impl Layout {
             index.parts.push(part);
         }
 
-        let mut end = (HEADER_BYTES + ENTRY_BYTES * 5 + 8) as u64;
+        // Beside the texts: index and data.
+        let mut end = (HEADER_BYTES + ENTRY_BYTES * (texts.len() + 2) + 8) as u64;
         let mut sections = Vec::new();
-        let index_bytes = index.section_bytes();
-        for (tag, len, bytes) in [
-            ("card", card.len() as u64, card),
-            ("index", index_bytes, Vec::new()),
-            ("vocab", tokenizer.vocab.len() as u64, tokenizer.vocab.to_vec()),
-            ("merges", tokenizer.merges.len() as u64, tokenizer.merges.to_vec()),
-        ] {
+        let mut texts: Vec<(&str, u64, Vec<u8>)> =
+            texts.into_iter().map(|(tag, bytes, _)| (tag, bytes.len() as u64, bytes)).collect();
+        texts.insert(1, ("index", index.section_bytes(), Vec::new()));
+        for (tag, len, bytes) in texts {
             let offset = end.next_multiple_of(TENSOR_ALIGN);
             sections.push(Section { tag, offset, len, bytes });
             end = offset + len;
@@ -154,6 +167,10 @@ impl Layout {
         }
         out
     }
+}
+
+fn fault(fault: String) -> Error {
+    Error::Card { file: String::from("the new file"), fault }
 }
 
 /// A section's tag as it stands in the table.

@@ -526,7 +526,7 @@ impl GemmBuilder<'_> {
         self
     }
 
-    /// Applied to the sum.
+    /// Applied to the sum; the rectifier to the sum with the residual.
     pub fn activation(mut self, activation: Activation) -> Self {
         self.activation = activation;
         self

@@ -16,6 +16,13 @@ pub struct WeightSpec {
     pub role: Role,
 }
 
+impl WeightSpec {
+    /// Whether it belongs to the VAE, which may come from a file of its own.
+    pub fn is_of_vae(&self) -> bool {
+        self.name.starts_with("vae.")
+    }
+}
+
 /// How a file keeps a weight.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stored {

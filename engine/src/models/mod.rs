@@ -2,14 +2,16 @@
 #![forbid(unsafe_code)]
 
 mod clip;
+mod tiny_vae;
 mod unet;
 mod vae;
 
 pub use clip::clip;
-pub use unet::{UnetInput, unet};
+pub use tiny_vae::bound as bound_tiny_latents;
+pub use unet::{UnetInput, unet, unet_block};
 pub use vae::{vae_decoder, vae_encoder};
 
-use crate::card::Card;
+use crate::card::{Card, VaeConfig};
 use crate::graph::Network;
 use crate::graph::weight::WeightSpec;
 
@@ -46,9 +48,17 @@ pub fn networks(card: &Card) -> Vec<(Part, Network)> {
     let mut parts: Vec<_> =
         encoders.map(|(i, c)| (Part::TextEncoder(i), clip(i, c, 1, c.output_layer))).collect();
     parts.push((Part::Unet, unet(&card.unet, UnetInput { batch: 1, h: 8, w: 8, tokens: 77 })));
-    parts.push((Part::VaeDecoder, vae_decoder(&card.vae, 1, 8, 8)));
-    let side = 8 * card.vae.factor();
-    parts.push((Part::VaeEncoder, vae_encoder(&card.vae, 1, side, side)));
+    parts.extend(vae_networks(&card.vae));
+    parts
+}
+
+/// As [`networks`], of a VAE alone.
+pub fn vae_networks(vae: &VaeConfig) -> Vec<(Part, Network)> {
+    let mut parts = vec![(Part::VaeDecoder, vae_decoder(vae, 1, 8, 8))];
+    if vae.has_encoder() {
+        let side = 8 * vae.factor();
+        parts.push((Part::VaeEncoder, vae_encoder(vae, 1, side, side)));
+    }
     parts
 }
 

@@ -70,6 +70,27 @@ pub fn unet(cfg: &UnetConfig, size: UnetInput) -> Network {
     b.finish()
 }
 
+/// A residual block of the finest level and the transformer behind it, as every step of a run goes through several: what a
+/// bench measures.
+///
+/// Inputs: `hidden_states` `[batch, h, w, c0]`; `emb` `[batch, 4 c0]`, activated; `context`
+/// `[batch, tokens, cross_attention_dim]`. Output: `out` `[batch, h, w, c0]`.
+pub fn unet_block(cfg: &UnetConfig, size: UnetInput) -> Network {
+    let UnetInput { batch, h, w, tokens } = size;
+    let mut b = Builder::new("unet");
+    let c = cfg.block_out_channels[0];
+    let x = b.input("hidden_states", Dims { batch, h, w }, c, Rate::Step);
+    let emb = b.input("emb", Dims { batch, h: 1, w: 1 }, 4 * c, Rate::Step);
+    let context = b.input("context", Dims { batch, h: 1, w: tokens }, cfg.cross_attention_dim, Rate::Run);
+    let net = Blocks { cfg, emb, context };
+    let out = b.within("down_blocks.0", |b| {
+        let x = net.resnet(b, x, 0, c);
+        net.transformer(b, x, 0, cfg.down_layers[0][0], cfg.num_attention_heads[0])
+    });
+    b.output("out", out);
+    b.finish()
+}
+
 /// linear, SiLU, linear.
 fn embedding(b: &mut Builder, x: Tensor, n: usize, add: Option<Tensor>) -> Tensor {
     let x = b.linear(x, "linear_1", n, Role::Embedding).activation(Activation::Silu).build();

@@ -1,9 +1,10 @@
-//! Pixels to latents and back (diffusers' `AutoencoderKL`).
+//! Pixels to latents and back (diffusers' `AutoencoderKL`, or [`tiny_vae`]).
 #![forbid(unsafe_code)]
 
 use kernels::gemm::Activation;
 use kernels::view::Border;
 
+use super::tiny_vae;
 use super::unet::resnet;
 use crate::card::VaeConfig;
 use crate::graph::weight::Role;
@@ -13,8 +14,11 @@ use crate::graph::{Builder, Dims, Network, Rate, Tensor};
 const EPS: f32 = 1e-6;
 
 /// Latents to pixels. Input `latents`: `[batch, h, w, latent_channels]`, scaled as the decoder wants them. Output
-/// `image`: `[batch, h * f, w * f, out_channels]`, nominally -1 to 1.
+/// `image`: `[batch, h * f, w * f, out_channels]`, nominally -1 to 1; of an AutoencoderTiny 0 to 1.
 pub fn vae_decoder(cfg: &VaeConfig, batch: usize, h: usize, w: usize) -> Network {
+    if let Some(tiny) = &cfg.tiny {
+        return tiny_vae::decoder(cfg, tiny, batch, h, w);
+    }
     let mut b = Builder::new("vae");
     let mut x = b.input("latents", Dims { batch, h, w }, cfg.latent_channels, Rate::Run);
     if cfg.use_quant_conv {
@@ -44,7 +48,12 @@ pub fn vae_decoder(cfg: &VaeConfig, batch: usize, h: usize, w: usize) -> Network
 
 /// Pixels to latents. Input `image`: `[batch, h, w, in_channels]`, -1 to 1. Output `moments`:
 /// `[batch, h / f, w / f, 2 * latent_channels]`, mean and log variance.
+///
+/// An AutoencoderTiny takes 0 to 1 and gives `latents`: `[batch, h / f, w / f, latent_channels]`.
 pub fn vae_encoder(cfg: &VaeConfig, batch: usize, h: usize, w: usize) -> Network {
+    if let Some(tiny) = &cfg.tiny {
+        return tiny_vae::encoder(cfg, tiny, batch, h, w);
+    }
     let mut b = Builder::new("vae");
     let image = b.input("image", Dims { batch, h, w }, cfg.in_channels, Rate::Run);
     let x = b.within("encoder", |b| {

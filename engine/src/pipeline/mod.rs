@@ -23,7 +23,7 @@ pub use vae::Image;
 use crate::budget::{self, MemoryPlan};
 use crate::card::Card;
 use crate::error::{Error, Result};
-use crate::format::ModelFile;
+use crate::format::{ModelFile, VaeFile, WeightFile};
 use crate::graph::weight::WeightSpec;
 use crate::graph::{Arena, Observer, Profile, Session, Watch};
 use crate::rng::Rng;
@@ -37,6 +37,10 @@ use crate::{memory, models};
 #[derive(Debug)]
 pub struct Pipeline {
     file: ModelFile,
+    /// Whose VAE stands in for the model's.
+    vae: Option<VaeFile>,
+    /// The model's, with the VAE that is used.
+    card: Card,
     settings: Settings,
     workers: Workers,
     schedule: Schedule,
@@ -57,7 +61,15 @@ impl Pipeline {
         let schedule = Schedule::new(&file.card().schedule);
         let tokenizer = Mutex::new(None);
         let opened = start.elapsed().as_secs_f64();
-        Ok(Pipeline { file, settings, workers, schedule, tokenizer, opened, profile: None, observer: None })
+        let card = file.card().clone();
+        let (vae, profile, observer) = (None, None, None);
+        Ok(Pipeline { file, vae, card, settings, workers, schedule, tokenizer, opened, profile, observer })
+    }
+
+    /// The same with another VAE in place of the model's.
+    pub fn with_vae(self, vae: VaeFile) -> Result<Pipeline> {
+        let card = self.card.with_vae(&vae.card().vae)?;
+        Ok(Pipeline { vae: Some(vae), card, ..self })
     }
 
     /// Shows `observer` the operands of all matrix products.
@@ -75,9 +87,9 @@ impl Pipeline {
         self.profile.as_ref()
     }
 
-    /// The model's card.
+    /// The model's card, with the VAE that is used.
     pub fn card(&self) -> &Card {
-        self.file.card()
+        &self.card
     }
 
     /// The model's file.
@@ -92,7 +104,8 @@ impl Pipeline {
 
     /// What a run over latents of `h * w` will hold, with `prompts` prompts (2 with guidance).
     pub fn plan(&self, h: usize, w: usize, prompts: usize, encodes: bool) -> Result<MemoryPlan> {
-        let stored = |wanted: &[WeightSpec]| weights::stored(&self.file, wanted);
+        let stored =
+            |wanted: &[WeightSpec]| weights::stored(holder(&self.file, self.vae.as_ref(), wanted), wanted);
         let run = budget::Run { h, w, prompts, encodes };
         budget::plan(self.card(), &stored, &self.settings, run, budget::budget(&self.settings))
     }
@@ -162,12 +175,13 @@ impl Pipeline {
         let part = plan.part(part);
         let bytes = part.plan.arena_bytes(part.banks);
         let mut arena = Arena::new(bytes).map_err(|_| Error::NoMemory { bytes })?;
-        let weights = weights::bytes(&self.file, part.plan.weights());
+        let file = holder(&self.file, self.vae.as_ref(), part.plan.weights());
+        let weights = weights::bytes(file, part.plan.weights());
         let (workers, isa) = (&self.workers, self.settings.isa);
         let mut session = Session::new(&part.plan, weights, &mut arena, part.banks, workers, isa)
             .profiled(self.profile.as_ref())
             .observed(self.observer.as_ref());
-        let stream = Stream::new(&self.file, part);
+        let stream = Stream::new(file, part);
         let kind = match part.part {
             models::Part::TextEncoder(_) => Part::Text,
             models::Part::Unet => Part::Denoiser,
@@ -179,6 +193,14 @@ impl Pipeline {
             memory::trim();
         }
         out
+    }
+}
+
+/// Which of the files holds the network with the weights `wanted`: a VAE of its own, or the model.
+fn holder<'f>(model: &'f ModelFile, vae: Option<&'f VaeFile>, wanted: &[WeightSpec]) -> &'f WeightFile {
+    match vae {
+        Some(vae) if wanted.first().is_some_and(WeightSpec::is_of_vae) => vae,
+        _ => model,
     }
 }
 

@@ -4,8 +4,8 @@
 use super::denoise::to_pixels;
 use super::{Latents, OnEvent, Pipeline};
 use crate::budget::MemoryPlan;
-use crate::error::Result;
-use crate::models::Part;
+use crate::error::{Error, Result};
+use crate::models::{Part, bound_tiny_latents};
 use crate::pipeline::types::Control;
 
 /// What the decoder makes.
@@ -44,22 +44,38 @@ impl Pipeline {
         let [c, h, w] = latents.shape;
         let mut scaled = latents.data.clone();
         cfg.unscale(&mut scaled);
+        if cfg.tiny.is_some() {
+            bound_tiny_latents(&mut scaled);
+        }
         self.session(plan, Part::VaeDecoder, event, |session, watch| {
             to_pixels(&scaled, c, session.input("latents", 0));
             session.prologue(0, watch)?;
             let factor = cfg.factor();
-            Ok(Image { width: w * factor, height: h * factor, data: session.output("image").to_vec() })
+            let mut data = session.output("image").to_vec();
+            if cfg.tiny.is_some() {
+                data.iter_mut().for_each(|x| *x = *x * 2.0 - 1.0);
+            }
+            Ok(Image { width: w * factor, height: h * factor, data })
         })
     }
 
-    /// Mean and log variance of the latents of `image`, `[h / f * w / f, 2 * latent_channels]`, not scaled.
+    /// Mean and log variance of the latents of `image`, `[h / f * w / f, 2 * latent_channels]`, not scaled; of an
+    /// AutoencoderTiny the latents alone, `[h / f * w / f, latent_channels]`.
     pub fn encode_image(&self, image: &Image) -> Result<Vec<f32>> {
-        let factor = self.card().vae.factor();
+        let cfg = &self.card().vae;
+        if !cfg.has_encoder() {
+            return Err(Error::NoEncoder);
+        }
+        let factor = cfg.factor();
         let plan = self.plan(image.height / factor, image.width / factor, 1, true)?;
         self.session(&plan, Part::VaeEncoder, &mut |_| Control::Continue, |session, watch| {
-            session.input("image", 0).copy_from_slice(&image.data);
+            let pixels = session.input("image", 0);
+            pixels.copy_from_slice(&image.data);
+            if cfg.tiny.is_some() {
+                pixels.iter_mut().for_each(|x| *x = (*x + 1.0) / 2.0);
+            }
             session.prologue(0, watch)?;
-            Ok(session.output("moments").to_vec())
+            Ok(session.output(if cfg.tiny.is_some() { "latents" } else { "moments" }).to_vec())
         })
     }
 }

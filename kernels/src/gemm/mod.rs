@@ -17,14 +17,15 @@ use crate::view::{ImageShape, Operand, Rows, RowsMut};
 use crate::{Isa, Workers};
 
 /// What happens to a finished tile while it is in L1, in this order:
-/// `y = activation(acc + bias[n] + image_bias[image, n])`, `y += residual[m, n]`, `y += out[m, n]` where `accumulate`.
+/// `y = activation(acc + bias[n] + image_bias[image, n])`, `y += residual[m, n]`, `y += out[m, n]` where `accumulate`; the
+/// rectifier ([`Activation::Relu`]) comes last.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Epilogue<'a> {
     /// `[n]`.
     pub bias: Option<&'a [f32]>,
     /// `[batch, n]`, added to all pixels of an image: the time embedding of a residual block.
     pub image_bias: Option<&'a [f32]>,
-    /// Applied before the residual.
+    /// Applied before the residual, but for the rectifier.
     pub activation: Activation,
     /// `[m, n_out]`, row stride `n_out`, added last.
     pub residual: Option<Rows<'a>>,
@@ -38,6 +39,8 @@ pub enum Activation {
     /// `x`.
     #[default]
     None,
+    /// `max(x, 0)`; in an epilogue of the sum with the residual: TAESD's blocks end so.
+    Relu,
     /// `x * sigmoid(x)`.
     Silu,
     /// `x * Phi(x)`, with the exact error function.

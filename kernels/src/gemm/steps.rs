@@ -421,6 +421,7 @@ fn finish_to<S: Simd, T: Element>(s: S, args: &Finish<'_>, out: &Shared<'_, T>, 
     let each = |activation| Each { activation, coarse };
     match args.activation {
         Activation::None => finish_rows(s, args, out, Same),
+        Activation::Relu => finish_rows(s, args, out, Rectifier),
         Activation::Silu => finish_rows(s, args, out, each(Activation::Silu)),
         Activation::Gelu => finish_rows(s, args, out, each(Activation::Gelu)),
         Activation::GeluTanh => finish_rows(s, args, out, each(Activation::GeluTanh)),
@@ -432,9 +433,13 @@ fn finish_to<S: Simd, T: Element>(s: S, args: &Finish<'_>, out: &Shared<'_, T>, 
 /// The columns of a row of a tile in vectors, or the first of these places where vectors are long.
 type Columns<F> = [F; TILE_COLUMNS / 4];
 
-/// What happens to a row between bias and residual. (Closures would not always be inlined, and then not be of the tier.)
+/// What happens to a row between bias and residual, and behind that. (Closures would not always be inlined, and then not be of
+/// the tier.)
 trait RowFunction: Copy {
     fn apply<S: Simd>(self, s: S, y: &mut Columns<S::F>);
+
+    #[inline(always)]
+    fn last<S: Simd>(self, _: S, _: &mut Columns<S::F>) {}
 }
 
 #[derive(Clone, Copy)]
@@ -443,6 +448,21 @@ struct Same;
 impl RowFunction for Same {
     #[inline(always)]
     fn apply<S: Simd>(self, _: S, _: &mut Columns<S::F>) {}
+}
+
+#[derive(Clone, Copy)]
+struct Rectifier;
+
+impl RowFunction for Rectifier {
+    #[inline(always)]
+    fn apply<S: Simd>(self, _: S, _: &mut Columns<S::F>) {}
+
+    #[inline(always)]
+    fn last<S: Simd>(self, s: S, y: &mut Columns<S::F>) {
+        for y in &mut y[..TILE_COLUMNS / S::LANES] {
+            *y = Activation::Relu.apply(s, *y);
+        }
+    }
 }
 
 /// An activation, coarse where the result is rounded to bf16.
@@ -550,6 +570,7 @@ fn finish_row<S: Simd, T: Element>(
     if args.accumulate {
         add_row(s, &mut y, out);
     }
+    function.last(s, &mut y);
     for (v, &y) in y.iter().enumerate().take(TILE_COLUMNS / S::LANES) {
         let at = v * S::LANES;
         if at + S::LANES <= out.len() {

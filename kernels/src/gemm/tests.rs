@@ -278,7 +278,7 @@ fn epilogues() {
     use Activation::*;
     for (encoding, rank) in [(Encoding::Q8, Rank::U8), (Encoding::F32, Rank::F32), (Encoding::Q4, Rank::Bf16)]
     {
-        for activation in [None, Silu, Gelu, GeluTanh, QuickGelu, Geglu] {
+        for activation in [None, Relu, Silu, Gelu, GeluTanh, QuickGelu, Geglu] {
             for (extras, bf16_out) in [(false, false), (true, false), (true, true)] {
                 for n in [32, 96, 40] {
                     if activation == Geglu && n == 40 {
@@ -381,7 +381,9 @@ fn in_place_and_in_part_as_a_whole() {
     let mut random = Random::new(11);
     let border = Border { top: 1, left: 1, bottom: 1, right: 1 };
     let input = ImageShape { batch: 2, h: 6, w: 9, border };
-    for upsample in [false, true] {
+    for (upsample, activation) in
+        [(false, Activation::None), (true, Activation::None), (false, Activation::Relu)]
+    {
         let filter = Filter { kh: 3, kw: 3, stride: 1, upsample };
         let shape = WeightShape { n: 20, taps: 9, k: 70 };
         let left = Left::new(&mut random, Rank::U8, &input, shape.k, shape.k_padded());
@@ -399,9 +401,10 @@ fn in_place_and_in_part_as_a_whole() {
             }
         };
         let mut whole = vec![f32::NAN; residual.len()];
-        run(Epilogue { residual: Some(Rows::F32(&residual)), ..Epilogue::default() }, &mut whole, None);
+        let plain = Epilogue { activation, ..Epilogue::default() };
+        run(Epilogue { residual: Some(Rows::F32(&residual)), ..plain }, &mut whole, None);
         let mut in_place = residual.clone();
-        run(Epilogue { accumulate: true, ..Epilogue::default() }, &mut in_place, None);
+        run(Epilogue { accumulate: true, ..plain }, &mut in_place, None);
         assert_eq!(whole, in_place);
         let window = 2..h - 1;
         let part = |x: &[f32]| -> Vec<f32> {
@@ -412,7 +415,7 @@ fn in_place_and_in_part_as_a_whole() {
                 .collect()
         };
         let mut in_part = part(&residual);
-        run(Epilogue { accumulate: true, ..Epilogue::default() }, &mut in_part, Some(window.clone()));
+        run(Epilogue { accumulate: true, ..plain }, &mut in_part, Some(window.clone()));
         assert_eq!(part(&whole), in_part);
     }
 }

@@ -198,6 +198,7 @@ fn bound(activation: Activation, y: f32) -> f32 {
     /// `-min x sigmoid(x)`.
     const DIP: f32 = 0.278_465;
     match activation {
+        Activation::Relu => y.max(0.0),
         Activation::Silu if y < 0.0 => y.max(-DIP),
         // Within the error of the coarse function.
         Activation::Silu => 1.001 * y / (1.0 + (-y).exp()),

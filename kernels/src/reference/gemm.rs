@@ -84,6 +84,7 @@ pub fn activate(activation: Activation, x: f64) -> f64 {
     let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
     match activation {
         Activation::None => x,
+        Activation::Relu => x.max(0.0),
         Activation::Silu => x * sigmoid(x),
         Activation::Gelu | Activation::Geglu => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
         Activation::GeluTanh => {
@@ -106,18 +107,23 @@ pub fn epilogue(sums: &[f64], n: usize, batch: usize, epilogue: &Epilogue<'_>) -
     let mut out = vec![];
     for row in 0..m {
         for column in 0..columns {
-            let y = if epilogue.activation == Activation::Geglu {
+            // The rectifier comes behind the residual.
+            let (before, last) = match epilogue.activation {
+                Activation::Relu => (Activation::None, Activation::Relu),
+                other => (other, Activation::None),
+            };
+            let y = if before == Activation::Geglu {
                 let value = column / TILE_N * 2 * TILE_N + column % TILE_N;
                 biased(row, value) * activate(Activation::Geglu, biased(row, value + TILE_N))
             } else {
-                activate(epilogue.activation, biased(row, column))
+                activate(before, biased(row, column))
             };
             let residual = match epilogue.residual {
                 Some(Rows::F32(rows)) => f64::from(rows[row * columns + column]),
                 Some(Rows::Bf16(rows)) => rows[row * columns + column].to_f64(),
                 None => 0.0,
             };
-            out.push(y + residual);
+            out.push(activate(last, y + residual));
         }
     }
     out

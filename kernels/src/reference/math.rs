@@ -37,6 +37,7 @@ pub fn gelu(x: f64) -> f64 {
 pub fn activation(activation: Activation, x: f64) -> f64 {
     match activation {
         Activation::None => x,
+        Activation::Relu => x.max(0.0),
         Activation::Silu => x * sigmoid(x),
         Activation::Gelu | Activation::Geglu => gelu(x),
         Activation::GeluTanh => 0.5 * x * (1.0 + ((2.0 / PI).sqrt() * (x + 0.044715 * x * x * x)).tanh()),
