@@ -3,6 +3,8 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod head;
+#[cfg(target_arch = "x86_64")]
+mod powers;
 mod softmax;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
@@ -114,7 +116,9 @@ impl Plan {
     fn new(shape: &AttentionShape, isa: Isa, products: Products) -> Plan {
         let (kind, queries) = match (isa, products) {
             #[cfg(target_arch = "x86_64")]
-            (Isa::Amx, Products::Bf16 | Products::Int8) => (Kind::Amx, amx::queries(shape.d)),
+            (Isa::Amx, Products::Bf16 | Products::Int8) if amx::available() => {
+                (Kind::Amx, amx::queries(shape.d))
+            }
             _ => (Kind::Vector, vector::queries(simd::lanes(isa))),
         };
         let mut plan = Plan { kind, d: shape.d, k_bytes: 0, head_bytes: 0, heads: 1, queries };

@@ -134,7 +134,7 @@ impl QueryHead<'_> {
 
     /// The first element of query `query` in the output.
     #[inline(always)]
-    fn out_at(&self, query: usize) -> usize {
+    pub(super) fn out_at(&self, query: usize) -> usize {
         let AttentionShape { nq, heads, d, .. } = self.shape;
         ((self.sequence * nq + query) * heads + self.head) * d
     }

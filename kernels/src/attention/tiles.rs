@@ -1,8 +1,8 @@
-//! The tile registers, and the one loop that attention runs on them.
+//! The tile registers, and the two products that attention runs on them.
 //!
 //! There are no stable intrinsics for AMX, and tile registers may not live from one asm block to the next, so a block goes
-//! from zeroed or loaded sums to stored sums. Two tiles of K or V^T, which come from L2, meet two of queries or
-//! exponentials, which are in L1. Vector instructions gain nothing from standing between the products: they share a port.
+//! from loaded sums to stored sums. Where two threads share a core each has few tile registers to rename to: a product
+//! keeps as few alive as it can, and clears those it is done with.
 
 use std::arch::asm;
 
@@ -16,29 +16,8 @@ pub(super) const WIDTH: usize = 32;
 pub(super) const TILE: usize = ROWS * WIDTH;
 /// f32 numbers in a tile of sums.
 pub(super) const SUMS: usize = ROWS * ROWS;
-/// Columns of tiles that are multiplied at a time.
-pub(super) const GROUPS: usize = 2;
-
-/// What is multiplied. Distances are in tiles.
-#[derive(Clone, Copy)]
-pub(super) struct Operands<'a> {
-    pub(super) a: &'a [bf16],
-    /// Rows of tiles of `a`: 1 or 2. Their sums lie one behind the other.
-    pub(super) rows: usize,
-    /// From one row of tiles of `a` to the next.
-    pub(super) a_row: usize,
-    /// From one step of `a` to the next.
-    pub(super) a_step: usize,
-    /// Steps are adjacent.
-    pub(super) b: &'a [bf16],
-    /// From one column of tiles of `b` to the next.
-    pub(super) b_group: usize,
-    pub(super) steps: usize,
-    /// From one column of tiles of sums to the next.
-    pub(super) c_group: usize,
-    /// Whether to add to the sums, instead of writing them.
-    pub(super) add: bool,
-}
+/// The most columns of tiles that [`Tiles::weigh`] multiplies at a time.
+pub(super) const COLUMNS: usize = 3;
 
 /// The tile registers of this thread: 16 rows of 64 bytes each, given back when dropped.
 pub(super) struct Tiles(());
@@ -53,39 +32,29 @@ struct TileConfig {
     rows: [u8; 16],
 }
 
-/// An asm block: `zero` or `load` (sums), `step` through the steps, and `store` lines.
-macro_rules! block {
-    ($o:ident, $c:ident, zero: [$($zero:literal)+], load: [$($load:literal)+], step: [$($step:literal)+],
+/// The asm block of [`Tiles::weigh`] for a number of columns.
+macro_rules! weigh {
+    ($p:ident, $v:ident, $v_step:ident, $c:ident, load: [$($load:literal)+], step: [$($step:literal)+],
      store: [$($store:literal)+]) => {
         asm!(
-            "/* {a1} is for a second row of tiles */",
-            "test {add}, {add}",
-            "jnz 2f",
-            $($zero,)+
-            "jmp 4f",
-            "2:",
             $($load,)+
-            "4:",
+            "2:",
+            "tileloadd tmm4, [{p} + {row}]",
             $($step,)+
-            "add {a0}, {a_step}",
-            "add {a1}, {a_step}",
-            "add {b0}, 1024",
-            "add {b1}, 1024",
+            "add {p}, 1024",
+            "add {v}, {v_step}",
             "dec {steps}",
-            "jnz 4b",
+            "jnz 2b",
+            "tilezero tmm4",
+            "tilezero tmm5",
             $($store,)+
-            add = in(reg) usize::from($o.add),
-            steps = inout(reg) $o.steps => _,
-            a0 = inout(reg) $o.a.as_ptr() => _,
-            a1 = inout(reg) $o.a.as_ptr().wrapping_add($o.a_row * TILE) => _,
-            a_step = in(reg) $o.a_step * TILE * 2,
-            b0 = inout(reg) $o.b.as_ptr() => _,
-            b1 = inout(reg) $o.b.as_ptr().wrapping_add($o.b_group * TILE) => _,
-            c0 = in(reg) $c.as_mut_ptr(),
-            c1 = in(reg) $c.as_mut_ptr().wrapping_add($o.c_group * SUMS),
+            p = inout(reg) $p.as_ptr() => _,
+            v = inout(reg) $v.as_ptr() => _,
+            v_step = in(reg) $v_step * TILE * 2,
+            steps = inout(reg) $p.len() / TILE => _,
+            c = in(reg) $c.as_mut_ptr(),
             row = in(reg) 64usize,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm4") _, out("tmm5") _,
             options(nostack),
         )
     };
@@ -107,33 +76,80 @@ impl Tiles {
         Tiles(())
     }
 
-    /// `c[r, g] (+)= sum over the steps of a[r, step] * b[g, step]` for `rows` rows (1 or 2) and [`GROUPS`] columns of tiles;
-    /// `c` is tiles of f32.
-    pub(super) fn multiply(&self, o: Operands<'_>, c: &mut [f32]) {
-        assert!(o.steps > 0 && (1..=2).contains(&o.rows), "{} steps of {} rows", o.steps, o.rows);
-        assert!(o.a.len() >= ((o.rows - 1) * o.a_row + (o.steps - 1) * o.a_step + 1) * TILE, "tiles of a");
-        assert!(o.b.len() >= ((GROUPS - 1) * o.b_group + o.steps) * TILE, "tiles of b");
-        assert!(c.len() >= ((GROUPS - 1) * o.c_group + o.rows) * SUMS, "tiles of sums");
+    /// Scores of 16 queries, tiles `[d / 32]`, and 32 keys, tiles `[2][d / 32]`: `out = start + q k^T`, `[16][32]`. `start`
+    /// is where the two tiles of sums begin, and the f32 numbers from one of their rows to the next.
+    pub(super) fn scores(&self, q: &[bf16], k: &[bf16], start: (&[f32], &[f32], usize), out: &mut [f32]) {
+        let steps = q.len() / TILE;
+        assert!(steps > 0 && k.len() == 2 * steps * TILE, "{} of k for {} of q", k.len(), q.len());
+        let (left, right, stride) = start;
+        assert!(left.len().min(right.len()) >= (ROWS - 1) * stride + ROWS, "sums to start from");
+        assert!(out.len() == 2 * SUMS, "{} scores", out.len());
         // SAFETY: `Tiles` proves AMX and its configuration; all tiles that are read and written lie in the slices (checked).
         unsafe {
-            match o.rows {
-                2 => block!(o, c,
-                    zero: ["tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3"],
-                    load: ["tileloadd tmm0, [{c0} + {row}]" "tileloadd tmm1, [{c1} + {row}]"
-                           "tileloadd tmm2, [{c0} + {row} + 1024]" "tileloadd tmm3, [{c1} + {row} + 1024]"],
-                    step: ["tileloadd tmm4, [{a0} + {row}]" "tileloadd tmm5, [{b0} + {row}]"
-                           "tdpbf16ps tmm0, tmm4, tmm5" "tileloadd tmm6, [{b1} + {row}]"
-                           "tdpbf16ps tmm1, tmm4, tmm6" "tileloadd tmm7, [{a1} + {row}]"
-                           "tdpbf16ps tmm2, tmm7, tmm5" "tdpbf16ps tmm3, tmm7, tmm6"],
-                    store: ["tilestored [{c0} + {row}], tmm0" "tilestored [{c1} + {row}], tmm1"
-                            "tilestored [{c0} + {row} + 1024], tmm2" "tilestored [{c1} + {row} + 1024], tmm3"]),
-                _ => block!(o, c,
-                    zero: ["tilezero tmm0" "tilezero tmm1"],
-                    load: ["tileloadd tmm0, [{c0} + {row}]" "tileloadd tmm1, [{c1} + {row}]"],
-                    step: ["tileloadd tmm4, [{a0} + {row}]" "tileloadd tmm5, [{b0} + {row}]"
-                           "tdpbf16ps tmm0, tmm4, tmm5" "tileloadd tmm6, [{b1} + {row}]"
-                           "tdpbf16ps tmm1, tmm4, tmm6"],
-                    store: ["tilestored [{c0} + {row}], tmm0" "tilestored [{c1} + {row}], tmm1"]),
+            asm!(
+                "tileloadd tmm0, [{left} + {stride}]",
+                "tileloadd tmm1, [{right} + {stride}]",
+                "2:",
+                "tileloadd tmm4, [{q} + {row}]",
+                "tileloadd tmm5, [{k0} + {row}]",
+                "tdpbf16ps tmm0, tmm4, tmm5",
+                "tileloadd tmm6, [{k1} + {row}]",
+                "tdpbf16ps tmm1, tmm4, tmm6",
+                "add {q}, 1024",
+                "add {k0}, 1024",
+                "add {k1}, 1024",
+                "dec {steps}",
+                "jnz 2b",
+                "tilezero tmm4",
+                "tilezero tmm5",
+                "tilezero tmm6",
+                "tilestored [{out} + 2 * {row}], tmm0",
+                "tilezero tmm0",
+                "tilestored [{out} + 2 * {row} + 64], tmm1",
+                "tilezero tmm1",
+                left = in(reg) left.as_ptr(),
+                right = in(reg) right.as_ptr(),
+                stride = in(reg) stride * 4,
+                q = inout(reg) q.as_ptr() => _,
+                k0 = inout(reg) k.as_ptr() => _,
+                k1 = inout(reg) k.as_ptr().wrapping_add(steps * TILE) => _,
+                steps = inout(reg) steps => _,
+                out = in(reg) out.as_mut_ptr(),
+                row = in(reg) 64usize,
+                out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm5") _, out("tmm6") _,
+                options(nostack),
+            );
+        }
+    }
+
+    /// Adds products of the tiles of `p`, weights of 16 queries, with tiles of values to the tiles of `c`, as many columns (up
+    /// to [`COLUMNS`]) as it has: `c[column] += sum over the steps of p[step] * v[step * v_step + column]`.
+    pub(super) fn weigh(&self, p: &[bf16], v: &[bf16], v_step: usize, c: &mut [f32]) {
+        let (steps, columns) = (p.len() / TILE, c.len() / SUMS);
+        assert!(steps > 0 && (1..=COLUMNS).contains(&columns), "{steps} steps of {columns} columns");
+        assert!(v.len() >= ((steps - 1) * v_step + columns) * TILE, "tiles of values");
+        // SAFETY: `Tiles` proves AMX and its configuration; all tiles that are read and written lie in the slices (checked).
+        unsafe {
+            match columns {
+                1 => weigh!(p, v, v_step, c,
+                    load: ["tileloadd tmm0, [{c} + {row}]"],
+                    step: ["tileloadd tmm5, [{v} + {row}]" "tdpbf16ps tmm0, tmm4, tmm5"],
+                    store: ["tilestored [{c} + {row}], tmm0" "tilezero tmm0"]),
+                2 => weigh!(p, v, v_step, c,
+                    load: ["tileloadd tmm0, [{c} + {row}]" "tileloadd tmm1, [{c} + {row} + 1024]"],
+                    step: ["tileloadd tmm5, [{v} + {row}]" "tdpbf16ps tmm0, tmm4, tmm5"
+                           "tileloadd tmm5, [{v} + {row} + 1024]" "tdpbf16ps tmm1, tmm4, tmm5"],
+                    store: ["tilestored [{c} + {row}], tmm0" "tilezero tmm0"
+                            "tilestored [{c} + {row} + 1024], tmm1" "tilezero tmm1"]),
+                _ => weigh!(p, v, v_step, c,
+                    load: ["tileloadd tmm0, [{c} + {row}]" "tileloadd tmm1, [{c} + {row} + 1024]"
+                           "tileloadd tmm2, [{c} + {row} + 2048]"],
+                    step: ["tileloadd tmm5, [{v} + {row}]" "tdpbf16ps tmm0, tmm4, tmm5"
+                           "tileloadd tmm5, [{v} + {row} + 1024]" "tdpbf16ps tmm1, tmm4, tmm5"
+                           "tileloadd tmm5, [{v} + {row} + 2048]" "tdpbf16ps tmm2, tmm4, tmm5"],
+                    store: ["tilestored [{c} + {row}], tmm0" "tilezero tmm0"
+                            "tilestored [{c} + {row} + 1024], tmm1" "tilezero tmm1"
+                            "tilestored [{c} + {row} + 2048], tmm2" "tilezero tmm2"]),
             }
         }
     }
