@@ -88,6 +88,10 @@ const PACK_KEYS: usize = 32;
 /// Bytes of packed keys and values to work on at a time, about: a head at least, and few enough to stay in cache.
 const PACKED_BYTES: usize = 4 << 20;
 
+/// Bytes of packed keys and values up to which all heads take turns with a block of queries, whose rows are then in cache
+/// for all but the first. Beyond, a head's blocks follow one another.
+const TURNS_BYTES: usize = 1 << 20;
+
 /// Which code runs a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -228,8 +232,11 @@ pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &m
             }
         });
         let packed: &[u8] = packed;
+        let turns = count * plan.head_bytes <= TURNS_BYTES;
         workers.for_each(count * blocks, |task, scratch| {
-            let (i, first) = (task / blocks, task % blocks * plan.queries);
+            let (i, block) =
+                if turns { (task % count, task / count) } else { (task / blocks, task % blocks) };
+            let first = block * plan.queries;
             let (sequence, head) = place(i);
             let head = QueryHead { shape, sequence, head, q, stride: q_stride, scale, mask };
             let (k, v) = packed[i * plan.head_bytes..][..plan.head_bytes].split_at(plan.k_bytes);

@@ -15,7 +15,7 @@ use super::{AttentionShape, Mask};
 
 /// Keys in a block, a multiple of 32: few enough that they, their scores and exponentials stay in L1, enough that the
 /// output isn't loaded and stored too often.
-const BLOCK: usize = 64;
+const BLOCK: usize = 96;
 /// The greatest power that is added up before the queries' levels rise.
 const HEADROOM: f32 = 40.0;
 /// A sum below this has lost too much to underflow.
@@ -72,6 +72,7 @@ impl SimdOp for Pack<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        self.head.prefetch(s, self.first, self.v.len() / (v_tiles(self.head.d) * TILE) * WIDTH);
         match self.head.k {
             Rows::F32(k) => pack_k(s, &self.head, k, self.first, self.k),
             Rows::Bf16(k) => pack_k(s, &self.head, k, self.first, self.k),
@@ -113,20 +114,24 @@ fn pack_v<S: Simd, T: Element>(s: S, head: &KvHead<'_>, v: &[T], first: usize, o
             let columns = S::LANES.min(d - c);
             for (pair, out) in tile.chunks_exact_mut(WIDTH).enumerate() {
                 let key = first + i * WIDTH + place(2 * pair);
-                let row = |key: usize| {
-                    if key >= head.nk {
-                        return s.splat(0.0);
-                    }
-                    let row = &v[head.at(key) + c..];
-                    if columns == S::LANES { T::load(s, row) } else { T::load_partial(s, &row[..columns]) }
-                };
-                s.store_bf16_pairs(row(key), row(key + 1), out);
+                let (a, b) = (row(s, head, v, key, c, columns), row(s, head, v, key + 1, c, columns));
+                s.store_bf16_pairs(a, b, out);
                 if columns < S::LANES {
                     out[2 * columns..2 * columns + 2].fill(bf16::ONE);
                 }
             }
         }
     }
+}
+
+/// `columns` numbers of row `key` from column `c` on; zeros past the end.
+#[inline(always)]
+fn row<S: Simd, T: Element>(s: S, head: &KvHead<'_>, v: &[T], key: usize, c: usize, columns: usize) -> S::F {
+    if key >= head.nk {
+        return s.splat(0.0);
+    }
+    let row = &v[head.at(key) + c..];
+    if columns == S::LANES { T::load(s, row) } else { T::load_partial(s, &row[..columns]) }
 }
 
 /// Attention of one block of queries over all keys of a packed head.
@@ -213,6 +218,7 @@ impl<W: Write> SimdOp for Block<'_, W> {
             p: cast_slice_mut(p),
             masked: cast_slice_mut(masked),
         };
+        head.prefetch(s, first, groups * ROWS);
         shared.ones.fill(bf16::ONE);
         shared.start.fill(ONE);
         let mut states: [Option<Group<'_>>; 8] = Default::default();
