@@ -149,7 +149,7 @@ pub(super) struct Block<'a, W> {
 
 /// Bytes of scratch memory that a [`Block`] wants.
 pub(super) const fn scratch_bytes(d: usize) -> usize {
-    let narrow = queries(d) / ROWS * k_tiles(d) + BLOCK / WIDTH + 1;
+    let narrow = queries(d) / ROWS * k_tiles(d) + 2 * BLOCK / WIDTH + 1;
     let wide = 2 * BLOCK / WIDTH + 3 + queries(d) / ROWS * (1 + sum_tiles(d));
     2 * narrow * TILE + 4 * wide * SUMS
 }
@@ -166,10 +166,20 @@ struct Shared<'a> {
     start: &'a mut [f32],
     /// Scores of a block of keys, `[BLOCK / 32][16][32]`.
     scores: &'a mut [f32],
-    /// Their powers.
+    /// Their powers, and those of the block before.
     p: &'a mut [bf16],
+    p_before: &'a mut [bf16],
     /// Where masked scores start, `[16][32]`.
     masked: &'a mut [f32],
+}
+
+/// A block of keys whose powers are there and not yet added up.
+#[derive(Clone, Copy)]
+struct Pending {
+    /// The index of the queries.
+    group: usize,
+    first_key: usize,
+    pieces: usize,
 }
 
 /// 16 queries.
@@ -198,6 +208,7 @@ impl<W: Write> SimdOp for Block<'_, W> {
         let groups = (queries(d) / ROWS).min((nq - first).div_ceil(ROWS));
         let (q, rest) = scratch.split_at_mut(2 * groups * kt * TILE);
         let (p, rest) = rest.split_at_mut(2 * BLOCK / WIDTH * TILE);
+        let (p_before, rest) = rest.split_at_mut(2 * BLOCK / WIDTH * TILE);
         let (ones, rest) = rest.split_at_mut(2 * TILE);
         let (scores, rest) = rest.split_at_mut(4 * 2 * BLOCK / WIDTH * SUMS);
         let (masked, rest) = rest.split_at_mut(4 * 2 * SUMS);
@@ -216,17 +227,18 @@ impl<W: Write> SimdOp for Block<'_, W> {
             start: cast_slice_mut(start),
             scores: cast_slice_mut(scores),
             p: cast_slice_mut(p),
+            p_before: cast_slice_mut(p_before),
             masked: cast_slice_mut(masked),
         };
         head.prefetch(s, first, groups * ROWS);
         shared.ones.fill(bf16::ONE);
         shared.start.fill(ONE);
-        let mut states: [Option<Group<'_>>; 8] = Default::default();
+        let mut states = Vec::with_capacity(groups);
         let parts = q
             .chunks_exact_mut(kt * TILE)
             .zip(starts.chunks_exact_mut(SUMS))
             .zip(acc.chunks_exact_mut(at * SUMS));
-        for (g, (state, ((q, start), acc))) in states.iter_mut().zip(parts).enumerate() {
+        for (g, ((q, start), acc)) in parts.enumerate() {
             let first = first + g * ROWS;
             match head.q {
                 Rows::F32(x) => pack_q(s, &head, x, first, q),
@@ -234,20 +246,15 @@ impl<W: Write> SimdOp for Block<'_, W> {
             }
             start.fill(ONE);
             acc.fill(0.0);
-            *state = Some(Group { first, q, start, leveled: false, acc });
+            states.push(Group { first, q, start, leveled: false, acc });
         }
-        for first_key in (0..head.keys_seen(first, groups * ROWS)).step_by(BLOCK) {
-            for group in states.iter_mut().flatten() {
-                shared.attend(s, group, first_key, false);
-            }
-        }
-        for group in states.iter_mut().flatten() {
+        shared.attend(s, &mut states, head.keys_seen(first, groups * ROWS), false);
+        for group in &mut states {
             let rows = ROWS.min(nq - group.first);
             if (0..rows).any(|i| group.sum(d, i) < FLOOR) {
                 group.acc.fill(0.0);
-                for first_key in (0..head.keys_seen(group.first, ROWS)).step_by(BLOCK) {
-                    shared.attend(s, group, first_key, true);
-                }
+                let seen = head.keys_seen(group.first, ROWS);
+                shared.attend(s, std::slice::from_mut(group), seen, true);
             }
             for i in 0..rows {
                 let inverse = s.splat(1.0 / group.sum(d, i).max(f32::MIN_POSITIVE));
@@ -269,43 +276,90 @@ impl Group<'_> {
 }
 
 impl Shared<'_> {
-    /// Adds the keys of the block from `first_key` on to the sums of `group`. `level` has levels follow the scores also
-    /// where they are low.
+    /// Adds the first `seen` keys to the sums of `groups`. `level` has levels follow the scores also where they are low.
     #[inline(always)]
-    fn attend<S: Simd>(&mut self, s: S, group: &mut Group<'_>, first_key: usize, level: bool) {
-        let AttentionShape { nk, d, .. } = self.head.shape;
-        let (kt, vt) = (k_tiles(d), v_tiles(d));
-        let pieces = (nk - first_key).min(BLOCK).div_ceil(WIDTH);
-        let scores = &mut self.scores[..pieces * 2 * SUMS];
-        let p = &mut self.p[..pieces * TILE];
-        for (i, scores) in scores.chunks_exact_mut(2 * SUMS).enumerate() {
-            let key = first_key + i * WIDTH;
-            let masked = key + WIDTH > nk
-                || match self.head.mask {
-                    Mask::None => false,
-                    Mask::Causal => key + WIDTH > group.first,
-                    Mask::Bias(_) => true,
-                };
-            let start: (&[f32], &[f32], usize) = if masked {
-                start_masked(s, &self.head, group, key, self.masked);
-                (self.masked, &self.masked[ROWS..], WIDTH)
-            } else if group.leveled {
-                (group.start, group.start, ROWS)
-            } else {
-                (self.start, self.start, ROWS)
-            };
-            let k = &self.k[key / ROWS * kt * TILE..][..2 * kt * TILE];
-            self.tiles.scores(group.q, k, start, scores);
-        }
+    fn attend<S: Simd>(&mut self, s: S, groups: &mut [Group<'_>], seen: usize, level: bool) {
         const MOST: u16 = (ONE + HEADROOM * UNIT) as u16;
-        if level || !powers(scores, MOST, p) {
-            group.level(s, scores, d, level);
-            powers(scores, MOST, p);
+        let d = self.head.shape.d;
+        let vt = v_tiles(d);
+        let mut pending: Option<Pending> = None;
+        for first_key in (0..seen).step_by(BLOCK) {
+            let pieces = (self.head.shape.nk - first_key).min(BLOCK).div_ceil(WIDTH);
+            let n = pieces * TILE;
+            for g in 0..groups.len() {
+                self.score(s, &groups[g], first_key, pieces);
+                std::mem::swap(&mut self.p, &mut self.p_before);
+                let fits = match pending {
+                    Some(before) if before.pieces == pieces && vt >= COLUMNS => {
+                        let (acc, rest) = groups[before.group].acc.split_at_mut(COLUMNS * SUMS);
+                        let v = &self.v[before.first_key / WIDTH * vt * TILE..];
+                        let product = (&self.p_before[..n], v, vt, acc);
+                        let fits = self
+                            .tiles
+                            .weigh_with_powers(product, (&self.scores[..n], MOST, &mut self.p[..n]));
+                        self.weigh(rest, before, COLUMNS);
+                        fits
+                    }
+                    _ => {
+                        if let Some(before) = pending {
+                            self.weigh(groups[before.group].acc, before, 0);
+                        }
+                        powers(&self.scores[..n], MOST, &mut self.p[..n])
+                    }
+                };
+                if level || !fits {
+                    groups[g].level(s, &mut self.scores[..n], d, level);
+                    powers(&self.scores[..n], MOST, &mut self.p[..n]);
+                }
+                pending = Some(Pending { group: g, first_key, pieces });
+            }
         }
-        let v = &self.v[first_key / WIDTH * vt * TILE..];
-        let (acc, sum) = group.acc.split_at_mut(vt * SUMS);
-        for (i, acc) in acc.chunks_mut(COLUMNS * SUMS).enumerate() {
-            self.tiles.weigh(p, &v[i * COLUMNS * TILE..], vt, acc);
+        if let Some(last) = pending {
+            std::mem::swap(&mut self.p, &mut self.p_before);
+            self.weigh(groups[last.group].acc, last, 0);
+        }
+    }
+
+    /// Scores of `group` and `pieces` of 32 keys from `first_key` on.
+    #[inline(always)]
+    fn score<S: Simd>(&mut self, s: S, group: &Group<'_>, first_key: usize, pieces: usize) {
+        let nk = self.head.shape.nk;
+        let kt = group.q.len() / TILE;
+        // Keys before this one are seen by all queries.
+        let free = match self.head.mask {
+            Mask::None => nk,
+            Mask::Causal => nk.min(group.first),
+            Mask::Bias(_) => 0,
+        };
+        let free = pieces.min(free.saturating_sub(first_key) / WIDTH);
+        let (open, hidden) = self.scores[..pieces * TILE].split_at_mut(free * TILE);
+        let start = if group.leveled { &*group.start } else { &*self.start };
+        let k = &self.k[first_key / ROWS * kt * TILE..][..2 * pieces * kt * TILE];
+        let (k_open, k_hidden) = k.split_at(2 * free * kt * TILE);
+        if kt == 2 && free > 0 {
+            self.tiles.scores_of_2(group.q, k_open, start, open);
+        } else {
+            for (k, scores) in k_open.chunks_exact(2 * kt * TILE).zip(open.chunks_exact_mut(TILE)) {
+                self.tiles.scores(group.q, k, (start, start, ROWS), scores);
+            }
+        }
+        let hidden = k_hidden.chunks_exact(2 * kt * TILE).zip(hidden.chunks_exact_mut(TILE));
+        for (i, (k, scores)) in hidden.enumerate() {
+            start_masked(s, &self.head, group, first_key + (free + i) * WIDTH, self.masked);
+            self.tiles.scores(group.q, k, (self.masked, &self.masked[ROWS..], WIDTH), scores);
+        }
+    }
+
+    /// Adds the powers of `before` times values to `acc`, which begins with column `first` of the tiles of sums.
+    #[inline(always)]
+    fn weigh(&self, acc: &mut [f32], before: Pending, first: usize) {
+        let d = self.head.shape.d;
+        let vt = v_tiles(d);
+        let p = &self.p_before[..before.pieces * TILE];
+        let v = &self.v[before.first_key / WIDTH * vt * TILE..];
+        let (acc, sum) = acc.split_at_mut((vt - first) * SUMS);
+        for (c, acc) in (first..).step_by(COLUMNS).zip(acc.chunks_mut(COLUMNS * SUMS)) {
+            self.tiles.weigh(p, &v[c * TILE..], vt, acc);
         }
         if !holds_ones(d) {
             self.tiles.weigh(p, self.ones, 0, sum);

@@ -14,7 +14,7 @@ pub(super) const ONE: f32 = 127.0 * UNIT;
 const LANES: usize = 32;
 
 /// Fractions of `2^(i / 128)`, to nearest.
-static FRACTIONS: [u8; 128] = fractions();
+pub(super) static FRACTIONS: [u8; 128] = fractions();
 
 /// `round(128 * (2^(i / 128) - 1))`, from powers of the 128th root of 2.
 const fn fractions() -> [u8; 128] {

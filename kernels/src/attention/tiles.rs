@@ -8,6 +8,8 @@ use std::arch::asm;
 
 use crate::bf16;
 
+use super::powers::FRACTIONS;
+
 /// Rows of a tile; also f32 numbers in one of its rows.
 pub(super) const ROWS: usize = 16;
 /// bf16 numbers in a row of a tile.
@@ -60,11 +62,26 @@ macro_rules! weigh {
     };
 }
 
+/// [`powers`](super::powers::powers) of the rows of 32 exponents from `first` to `last`.
+macro_rules! rows {
+    ($($row:literal)+) => { concat!($(
+        "vcvtps2dq zmm16, [{e} + ", $row, " * 128]\n",
+        "vcvtps2dq zmm17, [{e} + ", $row, " * 128 + 64]\n",
+        "vpackusdw zmm16, zmm16, zmm17\n",
+        "vpmaxuw zmm22, zmm22, zmm16\n",
+        "vmovdqa64 zmm17, zmm16\n",
+        "vpermi2b zmm17, zmm18, zmm19\n",
+        // fraction ? zmm17 : zmm16
+        "vpternlogd zmm17, zmm16, zmm20, 0xe4\n",
+        "vmovdqu64 [{to} + ", $row, " * 64], zmm17\n",
+    )+) };
+}
+
 impl Tiles {
     /// Configures the tile registers.
     ///
     /// # Safety
-    /// This process may use AMX, the machine has AVX-512, and nothing else uses the tile registers of this thread while
+    /// This process may use AMX, the machine has AVX-512 with VBMI, and nothing else uses the tile registers of this thread while
     /// the value lives.
     pub(super) unsafe fn new() -> Self {
         let mut config =
@@ -151,6 +168,138 @@ impl Tiles {
                             "tilestored [{c} + {row} + 1024], tmm1" "tilezero tmm1"
                             "tilestored [{c} + {row} + 2048], tmm2" "tilezero tmm2"]),
             }
+        }
+    }
+}
+
+impl Tiles {
+    /// Does [`Tiles::weigh`] for [`COLUMNS`] columns and [`powers`](super::powers::powers) of other exponents, as many as `p`
+    /// has weights, at the same time: vectors have nothing to do while tiles are multiplied, and are too far away to be
+    /// reached out of order.
+    pub(super) fn weigh_with_powers(
+        &self,
+        (p, v, v_step, c): (&[bf16], &[bf16], usize, &mut [f32]),
+        (exponents, most, out): (&[f32], u16, &mut [bf16]),
+    ) -> bool {
+        let steps = p.len() / TILE;
+        assert!(steps > 0 && c.len() == COLUMNS * SUMS, "{steps} steps, {} sums", c.len());
+        assert!(v.len() >= ((steps - 1) * v_step + COLUMNS) * TILE, "tiles of values");
+        assert!(
+            exponents.len() == steps * TILE && out.len() == steps * TILE,
+            "{} exponents",
+            exponents.len()
+        );
+        let mut above: u32;
+        // SAFETY: `Tiles` proves AMX, its configuration, and AVX-512 with VBMI; all that is read and written lies in the
+        // slices (checked).
+        unsafe {
+            asm!(
+                "vmovdqu64 zmm18, [{table}]",
+                "vmovdqu64 zmm19, [{table} + 64]",
+                "vpbroadcastw zmm20, {fraction:e}",
+                "vpbroadcastw zmm21, {above:e}",
+                "vpxord zmm22, zmm22, zmm22",
+                "tileloadd tmm0, [{c} + {row}]",
+                "tileloadd tmm1, [{c} + {row} + 1024]",
+                "tileloadd tmm2, [{c} + {row} + 2048]",
+                "2:",
+                "tileloadd tmm4, [{p} + {row}]",
+                rows!(0 1),
+                "tileloadd tmm5, [{v} + {row}]",
+                rows!(2 3),
+                "tdpbf16ps tmm0, tmm4, tmm5",
+                rows!(4 5),
+                "tileloadd tmm5, [{v} + {row} + 1024]",
+                rows!(6 7),
+                "tdpbf16ps tmm1, tmm4, tmm5",
+                rows!(8 9),
+                "tileloadd tmm5, [{v} + {row} + 2048]",
+                rows!(10 11 12 13),
+                "tdpbf16ps tmm2, tmm4, tmm5",
+                rows!(14 15),
+                "add {p}, 1024",
+                "add {v}, {v_step}",
+                "add {e}, 2048",
+                "add {to}, 1024",
+                "dec {steps}",
+                "jnz 2b",
+                "tilezero tmm4",
+                "tilezero tmm5",
+                "tilestored [{c} + {row}], tmm0",
+                "tilezero tmm0",
+                "tilestored [{c} + {row} + 1024], tmm1",
+                "tilezero tmm1",
+                "tilestored [{c} + {row} + 2048], tmm2",
+                "tilezero tmm2",
+                "vpcmpuw k1, zmm22, zmm21, 6",
+                "kmovd {above:e}, k1",
+                p = inout(reg) p.as_ptr() => _,
+                v = inout(reg) v.as_ptr() => _,
+                v_step = in(reg) v_step * TILE * 2,
+                steps = inout(reg) steps => _,
+                c = in(reg) c.as_mut_ptr(),
+                row = in(reg) 64usize,
+                e = inout(reg) exponents.as_ptr() => _,
+                to = inout(reg) out.as_mut_ptr() => _,
+                table = in(reg) FRACTIONS.as_ptr(),
+                fraction = in(reg) 0x7fu32,
+                above = inout(reg) u32::from(most) => above,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm4") _, out("tmm5") _,
+                out("zmm16") _, out("zmm17") _, out("zmm18") _, out("zmm19") _,
+                out("zmm20") _, out("zmm21") _, out("zmm22") _, out("k1") _,
+                options(nostack),
+            );
+        }
+        above == 0
+    }
+
+    /// Does [`Tiles::scores`] for heads of 2 tiles, which stay in registers, and as many pieces of 32 keys as `k` has.
+    pub(super) fn scores_of_2(&self, q: &[bf16], k: &[bf16], start: &[f32], out: &mut [f32]) {
+        let pieces = k.len() / (4 * TILE);
+        assert!(
+            pieces > 0 && q.len() == 2 * TILE && start.len() == SUMS,
+            "{} of k, {} of q",
+            k.len(),
+            q.len()
+        );
+        assert!(out.len() == pieces * 2 * SUMS, "{} scores", out.len());
+        // SAFETY: `Tiles` proves AMX and its configuration; all tiles that are read and written lie in the slices (checked).
+        unsafe {
+            asm!(
+                "tileloadd tmm6, [{q} + {row}]",
+                "tileloadd tmm7, [{q} + {row} + 1024]",
+                "2:",
+                "tileloadd tmm0, [{start} + {row}]",
+                "tileloadd tmm1, [{start} + {row}]",
+                "tileloadd tmm4, [{k} + {row}]",
+                "tdpbf16ps tmm0, tmm6, tmm4",
+                "tileloadd tmm5, [{k} + {row} + 2048]",
+                "tdpbf16ps tmm1, tmm6, tmm5",
+                "tileloadd tmm4, [{k} + {row} + 1024]",
+                "tdpbf16ps tmm0, tmm7, tmm4",
+                "tileloadd tmm5, [{k} + {row} + 3072]",
+                "tdpbf16ps tmm1, tmm7, tmm5",
+                "tilezero tmm4",
+                "tilezero tmm5",
+                "tilestored [{out} + 2 * {row}], tmm0",
+                "tilezero tmm0",
+                "tilestored [{out} + 2 * {row} + 64], tmm1",
+                "tilezero tmm1",
+                "add {k}, 4096",
+                "add {out}, 2048",
+                "dec {pieces}",
+                "jnz 2b",
+                "tilezero tmm6",
+                "tilezero tmm7",
+                q = in(reg) q.as_ptr(),
+                k = inout(reg) k.as_ptr() => _,
+                start = in(reg) start.as_ptr(),
+                out = inout(reg) out.as_mut_ptr() => _,
+                pieces = inout(reg) pieces => _,
+                row = in(reg) 64usize,
+                out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
         }
     }
 }
