@@ -357,12 +357,16 @@ impl Shared<'_> {
         let vt = v_tiles(d);
         let p = &self.p_before[..before.pieces * TILE];
         let v = &self.v[before.first_key / WIDTH * vt * TILE..];
-        let (acc, sum) = acc.split_at_mut((vt - first) * SUMS);
+        // Where no column holds ones, the last columns are followed by the sum of the weights.
+        let alone = if holds_ones(d) { vt } else { vt / COLUMNS * COLUMNS };
+        let (acc, last) = acc.split_at_mut((alone - first) * SUMS);
         for (c, acc) in (first..).step_by(COLUMNS).zip(acc.chunks_mut(COLUMNS * SUMS)) {
             self.tiles.weigh(p, &v[c * TILE..], vt, acc);
         }
-        if !holds_ones(d) {
-            self.tiles.weigh(p, self.ones, 0, sum);
+        if alone < vt {
+            self.tiles.weigh_and_sum(p, &v[alone * TILE..], vt, self.ones, last);
+        } else if !holds_ones(d) {
+            self.tiles.weigh(p, self.ones, 0, last);
         }
     }
 }

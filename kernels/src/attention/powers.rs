@@ -76,3 +76,55 @@ pub(super) const fn place(i: usize) -> usize {
     let (part, i) = (i / 8, i % 8);
     i / 4 * 16 + part * 4 + i % 4
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The greatest relative error is half a unit of the exponent, and half a unit of the fraction.
+    const BOUND: f64 = 7e-3;
+
+    #[test]
+    fn powers_keep_their_bound() {
+        if !available() {
+            assert!(!crate::Isa::Amx.is_available(), "AMX without AVX-512-VBMI");
+            return;
+        }
+        // Down to 2^-126, the least normal number, and up to 2^127.
+        let exponents: Vec<f32> = (0..32 * 4063).map(|i| 128.0 + i as f32 * 0.25 - 0.013).collect();
+        let mut out = vec![bf16::NAN; exponents.len()];
+        assert!(powers(&exponents, u16::MAX, &mut out));
+        for (exponents, out) in exponents.chunks(32).zip(out.chunks(32)) {
+            for (i, p) in out.iter().enumerate() {
+                let want = (f64::from(exponents[place(i)] - ONE) / f64::from(UNIT)).exp2();
+                let e = (f64::from(p.to_f32()) / want - 1.0).abs();
+                assert!(e <= BOUND, "{} -> {p}, not {want}", exponents[place(i)]);
+            }
+        }
+    }
+
+    #[test]
+    fn powers_underflow_to_zero_and_report_the_rest() {
+        if !available() {
+            return;
+        }
+        let mut out = [bf16::NAN; 32];
+        for low in [-0.6, -1.0, -128.0, -40_000.0, -1e9, -1e30, f32::NEG_INFINITY] {
+            assert!(powers(&[low; 32], 20_000, &mut out));
+            assert_eq!(out, [bf16::ZERO; 32], "{low}");
+        }
+        for high in [20_001.0, 40_000.0, 1e6, 1e9] {
+            let mut exponents = [ONE; 32];
+            exponents[17] = high;
+            assert!(!powers(&exponents, 20_000, &mut out), "{high}");
+        }
+    }
+
+    #[test]
+    fn places_are_a_permutation_of_pairs() {
+        let mut places: Vec<usize> = (0..32).map(place).collect();
+        assert!(places.chunks(2).all(|pair| pair[0] % 2 == 0 && pair[1] == pair[0] + 1), "{places:?}");
+        places.sort_unstable();
+        assert!(places.into_iter().eq(0..32));
+    }
+}

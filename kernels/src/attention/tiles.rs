@@ -34,11 +34,12 @@ struct TileConfig {
     rows: [u8; 16],
 }
 
-/// The asm block of [`Tiles::weigh`] for a number of columns.
+/// The asm block of [`Tiles::weigh`] and [`Tiles::weigh_and_sum`] for a number of columns.
 macro_rules! weigh {
-    ($p:ident, $v:ident, $v_step:ident, $c:ident, load: [$($load:literal)+], step: [$($step:literal)+],
+    ($p:ident, $v:ident, $v_step:ident, $c:ident, $ones:ident, load: [$($load:literal)+], step: [$($step:literal)+],
      store: [$($store:literal)+]) => {
         asm!(
+            "/* {ones} is for the sum */",
             $($load,)+
             "2:",
             "tileloadd tmm4, [{p} + {row}]",
@@ -55,8 +56,9 @@ macro_rules! weigh {
             v_step = in(reg) $v_step * TILE * 2,
             steps = inout(reg) $p.len() / TILE => _,
             c = in(reg) $c.as_mut_ptr(),
+            ones = in(reg) $ones.as_ptr(),
             row = in(reg) 64usize,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm4") _, out("tmm5") _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm4") _, out("tmm5") _, out("tmm6") _,
             options(nostack),
         )
     };
@@ -148,17 +150,17 @@ impl Tiles {
         // SAFETY: `Tiles` proves AMX and its configuration; all tiles that are read and written lie in the slices (checked).
         unsafe {
             match columns {
-                1 => weigh!(p, v, v_step, c,
+                1 => weigh!(p, v, v_step, c, p,
                     load: ["tileloadd tmm0, [{c} + {row}]"],
                     step: ["tileloadd tmm5, [{v} + {row}]" "tdpbf16ps tmm0, tmm4, tmm5"],
                     store: ["tilestored [{c} + {row}], tmm0" "tilezero tmm0"]),
-                2 => weigh!(p, v, v_step, c,
+                2 => weigh!(p, v, v_step, c, p,
                     load: ["tileloadd tmm0, [{c} + {row}]" "tileloadd tmm1, [{c} + {row} + 1024]"],
                     step: ["tileloadd tmm5, [{v} + {row}]" "tdpbf16ps tmm0, tmm4, tmm5"
                            "tileloadd tmm5, [{v} + {row} + 1024]" "tdpbf16ps tmm1, tmm4, tmm5"],
                     store: ["tilestored [{c} + {row}], tmm0" "tilezero tmm0"
                             "tilestored [{c} + {row} + 1024], tmm1" "tilezero tmm1"]),
-                _ => weigh!(p, v, v_step, c,
+                _ => weigh!(p, v, v_step, c, p,
                     load: ["tileloadd tmm0, [{c} + {row}]" "tileloadd tmm1, [{c} + {row} + 1024]"
                            "tileloadd tmm2, [{c} + {row} + 2048]"],
                     step: ["tileloadd tmm5, [{v} + {row}]" "tdpbf16ps tmm0, tmm4, tmm5"
@@ -300,6 +302,36 @@ impl Tiles {
                 out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
             );
+        }
+    }
+
+    /// Does [`Tiles::weigh`] for 1 or 2 columns, and adds up the weights in another: `c` has one tile of sums more.
+    pub(super) fn weigh_and_sum(&self, p: &[bf16], v: &[bf16], v_step: usize, ones: &[bf16], c: &mut [f32]) {
+        let (steps, columns) = (p.len() / TILE, c.len() / SUMS - 1);
+        assert!(steps > 0 && (1..=2).contains(&columns), "{steps} steps of {columns} columns");
+        assert!(v.len() >= ((steps - 1) * v_step + columns) * TILE, "tiles of values");
+        assert_eq!(ones.len(), TILE, "a tile of ones");
+        // SAFETY: `Tiles` proves AMX and its configuration; all tiles that are read and written lie in the slices (checked).
+        unsafe {
+            match columns {
+                1 => weigh!(p, v, v_step, c, ones,
+                    load: ["tileloadd tmm6, [{ones} + {row}]"
+                           "tileloadd tmm0, [{c} + {row}]" "tileloadd tmm1, [{c} + {row} + 1024]"],
+                    step: ["tileloadd tmm5, [{v} + {row}]" "tdpbf16ps tmm0, tmm4, tmm5"
+                           "tdpbf16ps tmm1, tmm4, tmm6"],
+                    store: ["tilestored [{c} + {row}], tmm0" "tilezero tmm0"
+                            "tilestored [{c} + {row} + 1024], tmm1" "tilezero tmm1" "tilezero tmm6"]),
+                _ => weigh!(p, v, v_step, c, ones,
+                    load: ["tileloadd tmm6, [{ones} + {row}]"
+                           "tileloadd tmm0, [{c} + {row}]" "tileloadd tmm1, [{c} + {row} + 1024]"
+                           "tileloadd tmm2, [{c} + {row} + 2048]"],
+                    step: ["tileloadd tmm5, [{v} + {row}]" "tdpbf16ps tmm0, tmm4, tmm5"
+                           "tileloadd tmm5, [{v} + {row} + 1024]" "tdpbf16ps tmm1, tmm4, tmm5"
+                           "tdpbf16ps tmm2, tmm4, tmm6"],
+                    store: ["tilestored [{c} + {row}], tmm0" "tilezero tmm0"
+                            "tilestored [{c} + {row} + 1024], tmm1" "tilezero tmm1"
+                            "tilestored [{c} + {row} + 2048], tmm2" "tilezero tmm2" "tilezero tmm6"]),
+            }
         }
     }
 }
