@@ -66,7 +66,12 @@ pub(super) fn powers(exponents: &[f32], most: u16, out: &mut [bf16]) -> bool {
         _mm512_cmpgt_epu16_mask(highest, _mm512_set1_epi16(most as i16)) == 0
     }
     assert!(available(), "no AVX-512-VBMI here");
-    assert!(exponents.len() == out.len() && out.len() % LANES == 0, "{} of {}", out.len(), exponents.len());
+    assert!(
+        exponents.len() == out.len() && out.len().is_multiple_of(LANES),
+        "{} of {}",
+        out.len(),
+        exponents.len()
+    );
     // SAFETY: the features were found.
     unsafe { powers(exponents, most, out) }
 }
