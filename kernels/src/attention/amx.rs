@@ -1,6 +1,6 @@
-//! Attention in bf16 products on AMX tiles: 16 queries at a time meet blocks of keys. Scores are in units of exponents
-//! ([`UNIT`]), the factor being part of the queries, and start from the exponent of a score of 0, so that what comes out of
-//! the product is what the exponential takes, whose rows are in turn those of an operand. A mask is part of the start.
+//! Attention in bf16 products on AMX tiles: 16 queries at a time meet blocks of keys. Scores start from the exponent of a
+//! score of 0, so that what comes out of the product is, but for a factor, what the exponential takes, whose rows are in
+//! turn those of an operand. A mask is part of the start.
 
 use bytemuck::cast_slice_mut;
 
@@ -188,7 +188,7 @@ struct Group<'a> {
     first: usize,
     /// Tiles `[d / 32]`.
     q: &'a [bf16],
-    /// Where scores start: in every row of a tile the exponent of 0 less the query's level.
+    /// Where scores start: in every row of a tile the exponent of 0 less the query's level, over the factor.
     start: &'a mut [f32],
     /// Whether a level isn't 0.
     leveled: bool,
@@ -232,7 +232,7 @@ impl<W: Write> SimdOp for Block<'_, W> {
         };
         head.prefetch(s, first, groups * ROWS);
         shared.ones.fill(bf16::ONE);
-        shared.start.fill(ONE);
+        shared.start.fill(ONE / factor(&head));
         let mut states = Vec::with_capacity(groups);
         let parts = q
             .chunks_exact_mut(kt * TILE)
@@ -244,7 +244,7 @@ impl<W: Write> SimdOp for Block<'_, W> {
                 Rows::F32(x) => pack_q(s, &head, x, first, q),
                 Rows::Bf16(x) => pack_q(s, &head, x, first, q),
             }
-            start.fill(ONE);
+            start.fill(ONE / factor(&head));
             acc.fill(0.0);
             states.push(Group { first, q, start, leveled: false, acc });
         }
@@ -280,7 +280,7 @@ impl Shared<'_> {
     #[inline(always)]
     fn attend<S: Simd>(&mut self, s: S, groups: &mut [Group<'_>], seen: usize, level: bool) {
         const MOST: u16 = (ONE + HEADROOM * UNIT) as u16;
-        let d = self.head.shape.d;
+        let (d, factor) = (self.head.shape.d, factor(&self.head));
         let vt = v_tiles(d);
         let mut pending: Option<Pending> = None;
         for first_key in (0..seen).step_by(BLOCK) {
@@ -296,7 +296,7 @@ impl Shared<'_> {
                         let product = (&self.p_before[..n], v, vt, acc);
                         let fits = self
                             .tiles
-                            .weigh_with_powers(product, (&self.scores[..n], MOST, &mut self.p[..n]));
+                            .weigh_with_powers(product, (&self.scores[..n], factor, MOST, &mut self.p[..n]));
                         self.weigh(rest, before, COLUMNS);
                         fits
                     }
@@ -304,12 +304,12 @@ impl Shared<'_> {
                         if let Some(before) = pending {
                             self.weigh(groups[before.group].acc, before, 0);
                         }
-                        powers(&self.scores[..n], MOST, &mut self.p[..n])
+                        powers(&self.scores[..n], factor, MOST, &mut self.p[..n])
                     }
                 };
                 if level || !fits {
-                    groups[g].level(s, &mut self.scores[..n], d, level);
-                    powers(&self.scores[..n], MOST, &mut self.p[..n]);
+                    groups[g].level(s, &mut self.scores[..n], factor, d, level);
+                    powers(&self.scores[..n], factor, MOST, &mut self.p[..n]);
                 }
                 pending = Some(Pending { group: g, first_key, pieces });
             }
@@ -375,22 +375,24 @@ impl Group<'_> {
     /// Moves levels to where the highest of `scores` are, if they are above their headroom, and with `low` also where they
     /// are the first that count.
     #[inline(always)]
-    fn level<S: Simd>(&mut self, s: S, scores: &mut [f32], d: usize, low: bool) {
+    fn level<S: Simd>(&mut self, s: S, scores: &mut [f32], factor: f32, d: usize, low: bool) {
         for i in 0..ROWS {
             let mut most = s.splat(LEAST);
             for row in scores.chunks_exact(WIDTH).skip(i).step_by(ROWS) {
                 most = s.max(s.max(s.load(row), s.load(&row[ROWS..])), most);
             }
-            let most = (s.max_lane(most) - ONE) / UNIT;
+            let most = s.max_lane(most);
+            let hidden = most < LEAST / 2.0;
+            let most = (most * factor - ONE) / UNIT;
             let sum = self.sum(d, i);
             // A query all of whose keys are hidden so far has no level yet.
-            let lift = low && sum < FLOOR && most > LEAST / UNIT / 2.0;
+            let lift = low && sum < FLOOR && !hidden;
             if !(lift || most > HEADROOM) {
                 continue;
             }
             let by = if sum > 0.0 { most.round().max(-126.0) } else { most.round() };
             self.leveled = true;
-            let units = s.splat(by * UNIT);
+            let units = s.splat(by * UNIT / factor);
             for row in scores.chunks_exact_mut(WIDTH).skip(i).step_by(ROWS) {
                 s.store(s.sub(s.load(row), units), row);
                 s.store(s.sub(s.load(&row[ROWS..]), units), &mut row[ROWS..]);
@@ -406,11 +408,16 @@ impl Group<'_> {
     }
 }
 
-/// Packs 16 queries from `first` on as tiles, in units of exponents; zeros past the end.
+/// What makes exponents of scores.
+#[inline(always)]
+fn factor(head: &QueryHead<'_>) -> f32 {
+    head.scale * std::f32::consts::LOG2_E * UNIT
+}
+
+/// Packs 16 queries from `first` on as tiles; zeros past the end.
 #[inline(always)]
 fn pack_q<S: Simd, T: Element>(s: S, head: &QueryHead<'_>, q: &[T], first: usize, out: &mut [bf16]) {
     let AttentionShape { nq, d, .. } = head.shape;
-    let factor = s.splat(head.scale * std::f32::consts::LOG2_E * UNIT);
     for (c, tile) in (0..).step_by(WIDTH).zip(out.chunks_exact_mut(TILE)) {
         for (i, row) in tile.chunks_exact_mut(S::LANES).enumerate() {
             let (query, c) = (first + i * S::LANES / WIDTH, c + i * S::LANES % WIDTH);
@@ -423,7 +430,7 @@ fn pack_q<S: Simd, T: Element>(s: S, head: &QueryHead<'_>, q: &[T], first: usize
             } else {
                 s.splat(0.0)
             };
-            s.store_bf16(s.mul(x, factor), row);
+            s.store_bf16(x, row);
         }
     }
 }
@@ -444,8 +451,7 @@ fn start_masked<S: Simd>(s: S, head: &QueryHead<'_>, group: &Group<'_>, key: usi
             Mask::Bias(bias) if query < nq && seen > 0 => {
                 let bias = &bias[(head.head * nq + query) * nk + key..];
                 let bias = if seen >= ROWS { s.load(bias) } else { s.load_partial(&bias[..seen]) };
-                let units = s.splat(std::f32::consts::LOG2_E * UNIT);
-                start = s.fma(s.max(bias, s.splat(LEAST)), units, start);
+                start = s.fma(s.max(bias, s.splat(LEAST)), s.splat(1.0 / head.scale), start);
             }
             Mask::Bias(_) => {}
         }

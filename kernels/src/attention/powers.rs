@@ -33,27 +33,27 @@ pub(super) fn available() -> bool {
     is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vbmi")
 }
 
-/// `2^((exponent - ONE) / UNIT)` of exponents in the first 16 and the second 16 of every 32, in the order of [`place`]: 0
-/// where an exponent is below 0, otherwise within a relative error of 0.7 %, for exponents up to `most`. Returns whether
-/// all of them were.
+/// `2^((exponent - ONE) / UNIT)` of exponents `scores * factor`, every 32 in the order of [`place`]: 0 where an exponent is
+/// below 0, otherwise within a relative error of 0.7 %, for exponents up to `most`. Returns whether all of them were.
 ///
 /// # Panics
 /// Where the instructions are not [`available`].
-pub(super) fn powers(exponents: &[f32], most: u16, out: &mut [bf16]) -> bool {
+pub(super) fn powers(scores: &[f32], factor: f32, most: u16, out: &mut [bf16]) -> bool {
     #[target_feature(enable = "avx512bw,avx512vbmi")]
-    fn powers(exponents: &[f32], most: u16, out: &mut [bf16]) -> bool {
+    fn powers(scores: &[f32], factor: f32, most: u16, out: &mut [bf16]) -> bool {
         // SAFETY: the table is two vectors long.
         let table = unsafe {
             let table = FRACTIONS.as_ptr().cast();
             [_mm512_loadu_si512(table), _mm512_loadu_si512(table.add(1))]
         };
-        let fraction = _mm512_set1_epi16(0x7f);
+        let (factor, fraction) = (_mm512_set1_ps(factor), _mm512_set1_epi16(0x7f));
         let mut highest = _mm512_setzero_si512();
-        for (exponents, out) in exponents.as_chunks::<LANES>().0.iter().zip(out.as_chunks_mut::<LANES>().0) {
+        for (scores, out) in scores.as_chunks::<LANES>().0.iter().zip(out.as_chunks_mut::<LANES>().0) {
             // SAFETY: there are 32 numbers.
             let [a, b] = unsafe {
-                [_mm512_loadu_ps(exponents.as_ptr()), _mm512_loadu_ps(exponents.as_ptr().add(LANES / 2))]
+                [_mm512_loadu_ps(scores.as_ptr()), _mm512_loadu_ps(scores.as_ptr().add(LANES / 2))]
             };
+            let (a, b) = (_mm512_mul_ps(a, factor), _mm512_mul_ps(b, factor));
             // Below 0 saturates to 0. The last 7 bits are an exponent's fraction, those before a bf16's exponent.
             let e = _mm512_packus_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
             highest = _mm512_max_epu16(highest, e);
@@ -67,13 +67,13 @@ pub(super) fn powers(exponents: &[f32], most: u16, out: &mut [bf16]) -> bool {
     }
     assert!(available(), "no AVX-512-VBMI here");
     assert!(
-        exponents.len() == out.len() && out.len().is_multiple_of(LANES),
+        scores.len() == out.len() && out.len().is_multiple_of(LANES),
         "{} of {}",
         out.len(),
-        exponents.len()
+        scores.len()
     );
     // SAFETY: the features were found.
-    unsafe { powers(exponents, most, out) }
+    unsafe { powers(scores, factor, most, out) }
 }
 
 /// The exponent, of 32, whose power [`powers`] puts at `i`: neighbors from an even place on stay neighbors.
@@ -97,8 +97,9 @@ mod tests {
         }
         // Down to 2^-126, the least normal number, and up to 2^127.
         let exponents: Vec<f32> = (0..32 * 4063).map(|i| 128.0 + i as f32 * 0.25 - 0.013).collect();
+        let scores: Vec<f32> = exponents.iter().map(|e| e / 8.0).collect();
         let mut out = vec![bf16::NAN; exponents.len()];
-        assert!(powers(&exponents, u16::MAX, &mut out));
+        assert!(powers(&scores, 8.0, u16::MAX, &mut out));
         for (exponents, out) in exponents.chunks(32).zip(out.chunks(32)) {
             for (i, p) in out.iter().enumerate() {
                 let want = (f64::from(exponents[place(i)] - ONE) / f64::from(UNIT)).exp2();
@@ -115,13 +116,13 @@ mod tests {
         }
         let mut out = [bf16::NAN; 32];
         for low in [-0.6, -1.0, -128.0, -40_000.0, -1e9, -1e30, f32::NEG_INFINITY] {
-            assert!(powers(&[low; 32], 20_000, &mut out));
+            assert!(powers(&[low; 32], 1.0, 20_000, &mut out));
             assert_eq!(out, [bf16::ZERO; 32], "{low}");
         }
         for high in [20_001.0, 40_000.0, 1e6, 1e9] {
             let mut exponents = [ONE; 32];
             exponents[17] = high;
-            assert!(!powers(&exponents, 20_000, &mut out), "{high}");
+            assert!(!powers(&exponents, 1.0, 20_000, &mut out), "{high}");
         }
     }
 

@@ -64,11 +64,13 @@ macro_rules! weigh {
     };
 }
 
-/// [`powers`](super::powers::powers) of the rows of 32 exponents from `first` to `last`.
+/// [`powers`](super::powers::powers) of rows of 32 scores.
 macro_rules! rows {
     ($($row:literal)+) => { concat!($(
-        "vcvtps2dq zmm16, [{e} + ", $row, " * 128]\n",
-        "vcvtps2dq zmm17, [{e} + ", $row, " * 128 + 64]\n",
+        "vmulps zmm16, zmm23, [{e} + ", $row, " * 128]\n",
+        "vmulps zmm17, zmm23, [{e} + ", $row, " * 128 + 64]\n",
+        "vcvtps2dq zmm16, zmm16\n",
+        "vcvtps2dq zmm17, zmm17\n",
         "vpackusdw zmm16, zmm16, zmm17\n",
         "vpmaxuw zmm22, zmm22, zmm16\n",
         "vmovdqa64 zmm17, zmm16\n",
@@ -175,22 +177,18 @@ impl Tiles {
 }
 
 impl Tiles {
-    /// Does [`Tiles::weigh`] for [`COLUMNS`] columns and [`powers`](super::powers::powers) of other exponents, as many as `p`
+    /// Does [`Tiles::weigh`] for [`COLUMNS`] columns and [`powers`](super::powers::powers) of other scores, as many as `p`
     /// has weights, at the same time: vectors have nothing to do while tiles are multiplied, and are too far away to be
     /// reached out of order.
     pub(super) fn weigh_with_powers(
         &self,
         (p, v, v_step, c): (&[bf16], &[bf16], usize, &mut [f32]),
-        (exponents, most, out): (&[f32], u16, &mut [bf16]),
+        (scores, factor, most, out): (&[f32], f32, u16, &mut [bf16]),
     ) -> bool {
         let steps = p.len() / TILE;
         assert!(steps > 0 && c.len() == COLUMNS * SUMS, "{steps} steps, {} sums", c.len());
         assert!(v.len() >= ((steps - 1) * v_step + COLUMNS) * TILE, "tiles of values");
-        assert!(
-            exponents.len() == steps * TILE && out.len() == steps * TILE,
-            "{} exponents",
-            exponents.len()
-        );
+        assert!(scores.len() == steps * TILE && out.len() == steps * TILE, "{} scores", scores.len());
         let mut above: u32;
         // SAFETY: `Tiles` proves AMX, its configuration, and AVX-512 with VBMI; all that is read and written lies in the
         // slices (checked).
@@ -201,6 +199,7 @@ impl Tiles {
                 "vpbroadcastw zmm20, {fraction:e}",
                 "vpbroadcastw zmm21, {above:e}",
                 "vpxord zmm22, zmm22, zmm22",
+                "vpbroadcastd zmm23, {factor:e}",
                 "tileloadd tmm0, [{c} + {row}]",
                 "tileloadd tmm1, [{c} + {row} + 1024]",
                 "tileloadd tmm2, [{c} + {row} + 2048]",
@@ -241,14 +240,15 @@ impl Tiles {
                 steps = inout(reg) steps => _,
                 c = in(reg) c.as_mut_ptr(),
                 row = in(reg) 64usize,
-                e = inout(reg) exponents.as_ptr() => _,
+                e = inout(reg) scores.as_ptr() => _,
                 to = inout(reg) out.as_mut_ptr() => _,
                 table = in(reg) FRACTIONS.as_ptr(),
                 fraction = in(reg) 0x7fu32,
+                factor = in(reg) factor.to_bits(),
                 above = inout(reg) u32::from(most) => above,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm4") _, out("tmm5") _,
                 out("zmm16") _, out("zmm17") _, out("zmm18") _, out("zmm19") _,
-                out("zmm20") _, out("zmm21") _, out("zmm22") _, out("k1") _,
+                out("zmm20") _, out("zmm21") _, out("zmm23") _, out("zmm22") _, out("k1") _,
                 options(nostack),
             );
         }
