@@ -249,7 +249,7 @@ pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &m
                 }
                 #[cfg(target_arch = "x86_64")]
                 Kind::Amx => {
-                    // SAFETY: the machine has AMX (checked above), and tasks do not nest.
+                    // SAFETY: the machine has AMX (checked above) and VBMI (the plan), and tasks do not nest.
                     let tiles = &unsafe { tiles::Tiles::new() };
                     let (k, v) = (cast_slice(k), cast_slice(v));
                     dispatch(isa, amx::Block { head, first, k, v, scratch, out, tiles });
