@@ -3,6 +3,8 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod head;
+#[cfg(target_arch = "x86_64")]
+mod powers;
 mod softmax;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
@@ -86,6 +88,10 @@ const PACK_KEYS: usize = 32;
 /// Bytes of packed keys and values to work on at a time, about: a head at least, and few enough to stay in cache.
 const PACKED_BYTES: usize = 4 << 20;
 
+/// Bytes of packed keys and values up to which all heads take turns with a block of queries, whose rows are then in cache
+/// for all but the first. Beyond, a head's blocks follow one another.
+const TURNS_BYTES: usize = 1 << 20;
+
 /// Which code runs a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -114,7 +120,9 @@ impl Plan {
     fn new(shape: &AttentionShape, isa: Isa, products: Products) -> Plan {
         let (kind, queries) = match (isa, products) {
             #[cfg(target_arch = "x86_64")]
-            (Isa::Amx, Products::Bf16 | Products::Int8) => (Kind::Amx, amx::queries(shape.d)),
+            (Isa::Amx, Products::Bf16 | Products::Int8) if amx::available() => {
+                (Kind::Amx, amx::queries(shape.d))
+            }
             _ => (Kind::Vector, vector::queries(simd::lanes(isa))),
         };
         let mut plan = Plan { kind, d: shape.d, k_bytes: 0, head_bytes: 0, heads: 1, queries };
@@ -224,8 +232,11 @@ pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &m
             }
         });
         let packed: &[u8] = packed;
+        let turns = count * plan.head_bytes <= TURNS_BYTES;
         workers.for_each(count * blocks, |task, scratch| {
-            let (i, first) = (task / blocks, task % blocks * plan.queries);
+            let (i, block) =
+                if turns { (task % count, task / count) } else { (task / blocks, task % blocks) };
+            let first = block * plan.queries;
             let (sequence, head) = place(i);
             let head = QueryHead { shape, sequence, head, q, stride: q_stride, scale, mask };
             let (k, v) = packed[i * plan.head_bytes..][..plan.head_bytes].split_at(plan.k_bytes);
@@ -238,7 +249,7 @@ pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &m
                 }
                 #[cfg(target_arch = "x86_64")]
                 Kind::Amx => {
-                    // SAFETY: the machine has AMX (checked above), and tasks do not nest.
+                    // SAFETY: the machine has AMX (checked above) and VBMI (the plan), and tasks do not nest.
                     let tiles = &unsafe { tiles::Tiles::new() };
                     let (k, v) = (cast_slice(k), cast_slice(v));
                     dispatch(isa, amx::Block { head, first, k, v, scratch, out, tiles });

@@ -39,6 +39,14 @@ impl KvHead<'_> {
     pub(super) fn at(&self, key: usize) -> usize {
         self.start + key * self.stride
     }
+
+    /// Asks for `n` keys and their values from `first` on: a head's parts of rows are too far apart to be foreseen.
+    #[inline(always)]
+    pub(super) fn prefetch<S: Simd>(&self, s: S, first: usize, n: usize) {
+        let n = n.min(self.nk.saturating_sub(first));
+        prefetch_rows(s, self.k, self.at(first), self.stride, n, self.d);
+        prefetch_rows(s, self.v, self.at(first), self.stride, n, self.d);
+    }
 }
 
 impl QueryHead<'_> {
@@ -49,6 +57,14 @@ impl QueryHead<'_> {
             Mask::Causal => self.shape.nk.min(first + n),
             _ => self.shape.nk,
         }
+    }
+
+    /// Asks for `n` queries from `first` on.
+    #[inline(always)]
+    pub(super) fn prefetch<S: Simd>(&self, s: S, first: usize, n: usize) {
+        let AttentionShape { nq, d, .. } = self.shape;
+        let start = (self.sequence * nq + first) * self.stride + self.head * d;
+        prefetch_rows(s, self.q, start, self.stride, n.min(nq - first), d);
     }
 
     /// Writes queries `first .. first + n`, transposed, to `out`, `[d, n]`. Queries past the end are zero.
@@ -134,7 +150,7 @@ impl QueryHead<'_> {
 
     /// The first element of query `query` in the output.
     #[inline(always)]
-    fn out_at(&self, query: usize) -> usize {
+    pub(super) fn out_at(&self, query: usize) -> usize {
         let AttentionShape { nq, heads, d, .. } = self.shape;
         ((self.sequence * nq + query) * heads + self.head) * d
     }
@@ -166,6 +182,26 @@ impl QueryHead<'_> {
                 }
             }
         }
+    }
+}
+
+/// Asks for `n` rows of `d` elements, the first at `start`.
+#[inline(always)]
+fn prefetch_rows<S: Simd>(s: S, rows: Rows<'_>, start: usize, stride: usize, n: usize, d: usize) {
+    #[inline(always)]
+    fn rows_of<S: Simd, T>(s: S, x: &[T], start: usize, stride: usize, n: usize, d: usize) {
+        let bytes = d * size_of::<T>();
+        for i in 0..n {
+            let row = &x[start + i * stride..];
+            for at in (0..bytes).step_by(64) {
+                s.prefetch(row, at);
+            }
+            s.prefetch(row, bytes - 1);
+        }
+    }
+    match rows {
+        Rows::F32(x) => rows_of(s, x, start, stride, n, d),
+        Rows::Bf16(x) => rows_of(s, x, start, stride, n, d),
     }
 }
 

@@ -164,6 +164,30 @@ fn sharp_and_growing_scores_do_not_overflow() {
 }
 
 #[test]
+fn scores_far_from_zero_have_the_same_softmax() {
+    let workers = Workers::new(2);
+    let shape = shape(1, 70, 300, 1, 24);
+    for offset in [-65536.0, -1024.0, -512.0, -256.0, 256.0, 512.0, 1024.0, 65536.0] {
+        // The first keys score lower, as the rest, or higher.
+        for first in [2.0, 1.0, 0.5] {
+            let mut operands = Operands::new(shape, 0, 1.0);
+            operands.q.chunks_exact_mut(24).for_each(|q| q[23] = 1.0);
+            for (j, k) in operands.k.chunks_exact_mut(24).enumerate() {
+                k[23] = if j < 200 { offset * first } else { offset };
+            }
+            let hidden: Vec<f32> =
+                (0..70 * 300).map(|i| if i % 300 < 130 { f32::NEG_INFINITY } else { 0.0 }).collect();
+            for isa in tiers() {
+                for mask in [Mask::None, Mask::Bias(&hidden)] {
+                    let e = operands.error(isa, &workers, mask, Products::Bf16, false);
+                    assert!(e <= NARROW, "{isa:?} {offset} {first} {}: {e}", matches!(mask, Mask::None));
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn threads_do_not_change_a_bit() {
     let shape = shape(2, 100, 150, 3, 40);
     let operands = Operands::new(shape, 0, 2.0);

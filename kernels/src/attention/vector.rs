@@ -49,6 +49,7 @@ impl SimdOp for Pack<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        self.head.prefetch(s, self.first, self.v.len() / self.head.d.next_multiple_of(PANEL));
         match (self.head.k, self.head.v) {
             (Rows::F32(k), Rows::F32(v)) => self.pack(s, k, v),
             (Rows::F32(k), Rows::Bf16(v)) => self.pack(s, k, v),
@@ -140,6 +141,7 @@ impl<W: Write> SimdOp for Block<'_, W> {
         let (scores, rest) = rest.split_at_mut(KEYS * n); // [keys, n]
         let (most, rest) = rest.split_at_mut(n);
         let sum = &mut rest[..n];
+        self.head.prefetch(s, self.first, n);
         self.head.load_transposed(s, self.first, n, q);
         let mut softmax = Softmax::new(most, sum, acc, n);
         for first in (0..self.head.keys_seen(self.first, n)).step_by(KEYS) {
