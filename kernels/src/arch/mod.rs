@@ -6,7 +6,7 @@ use crate::gemm::GemmKernel;
 mod aarch64;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
-mod x86;
+pub(crate) mod x86;
 
 /// The table of [`crate::gemm::kernels`].
 #[cfg(target_arch = "x86_64")]

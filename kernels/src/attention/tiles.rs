@@ -6,6 +6,7 @@
 
 use std::arch::asm;
 
+use crate::arch::x86::amx::load_config;
 use crate::bf16;
 
 use super::powers::FRACTIONS;
@@ -23,16 +24,6 @@ pub(super) const COLUMNS: usize = 3;
 
 /// The tile registers of this thread: 16 rows of 64 bytes each, given back when dropped.
 pub(super) struct Tiles(());
-
-/// The operand of `ldtilecfg`.
-#[repr(C, align(64))]
-struct TileConfig {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
-}
 
 /// The asm block of [`Tiles::weigh`] and [`Tiles::weigh_and_sum`] for a number of columns.
 macro_rules! weigh {
@@ -88,12 +79,8 @@ impl Tiles {
     /// This process may use AMX, the machine has AVX-512 with VBMI, and nothing else uses the tile registers of this thread while
     /// the value lives.
     pub(super) unsafe fn new() -> Self {
-        let mut config =
-            TileConfig { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        config.row_bytes[..8].fill(64);
-        config.rows[..8].fill(16);
-        // SAFETY: AMX is there (the contract), and this is a configuration of palette 1.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly)) }
+        // SAFETY: AMX is there (the contract).
+        unsafe { load_config([ROWS as u8; 8]) };
         Tiles(())
     }
 

@@ -1,5 +1,6 @@
 //! Linear layers and convolutions: operand rows times encoded weight panels, with an epilogue.
 
+mod check;
 mod driver;
 mod geometry;
 pub(crate) mod steps;
@@ -7,6 +8,7 @@ pub(crate) mod table;
 #[cfg(test)]
 mod tests;
 pub(crate) mod tile;
+mod unpack;
 
 pub use table::{GemmKernel, Types, kernels};
 
@@ -148,6 +150,6 @@ fn run(workers: &Workers, kernel: &'static GemmKernel, call: Gemm<'_>, rows: Opt
         kernel.name,
         call.weight.encoding
     );
-    driver::check(&call, rows.as_ref());
+    check::shapes(&call, rows.as_ref());
     driver::run(workers, kernel, call, rows);
 }

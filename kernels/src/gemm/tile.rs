@@ -103,21 +103,20 @@ impl Position {
         let [one, three, five] = self.stride;
         let row_at = [0, one, 2 * one, three, 4 * one, five];
         for step in 0..N {
-            let mut weights = [std::mem::MaybeUninit::<L::B>::uninit(); V];
-            for (v, w) in weights.iter_mut().enumerate() {
+            let weights: [L::B; V] = std::array::from_fn(|v| {
                 let column = v * L::COLUMNS;
                 // From the panel that holds the vector's columns.
                 let at = column / 16 * self.b_stride + column % 16 * L::A_BYTES + step * L::B_BYTES;
                 // SAFETY: within the blocks of k inputs that the caller vouches for.
-                w.write(unsafe { L::load_b(self.b.add(at)) });
-            }
+                unsafe { L::load_b(self.b.add(at)) }
+            });
             for (r, row) in acc.iter_mut().enumerate() {
                 let a = self.a[r / ROW_GROUP].wrapping_add(row_at[r % ROW_GROUP] + step * L::A_BYTES);
                 // SAFETY: row r < R, an input below k.
                 let x = unsafe { L::splat_a(a) };
-                for (acc, w) in row.iter_mut().zip(&weights) {
-                    // SAFETY: the caller has the instruction set; all weights were written.
-                    *acc = unsafe { L::multiply(*acc, x, w.assume_init()) };
+                for (acc, &w) in row.iter_mut().zip(&weights) {
+                    // SAFETY: the caller has the instruction set.
+                    *acc = unsafe { L::multiply(*acc, x, w) };
                 }
             }
         }
@@ -143,6 +142,8 @@ pub(crate) unsafe fn broadcast_tile<L: Lanes, const R: usize, const V: usize>(t:
                 }
             }
         }
+        const { assert!(R <= ROW_GROUP * ROW_GROUPS) };
+        // Behind black boxes, or each multiple would be computed again from the one before.
         let stride = [1, 3, 5].map(|n| std::hint::black_box(n * t.a_stride));
         let mut at = Position {
             a: std::array::from_fn(|g| t.a[0].wrapping_add(g * ROW_GROUP * t.a_stride)),

@@ -55,22 +55,30 @@ thread_local! {
     static CONFIGURED: Cell<[u8; 2]> = const { Cell::new([0; 2]) };
 }
 
-/// Makes the row tiles `rows` high.
-fn configure(rows: [u8; 2]) {
-    if CONFIGURED.get() == rows {
-        return;
-    }
+/// Makes the tile registers `rows` high, their rows 64 bytes long.
+///
+/// # Safety
+/// AMX is available; no register is higher than 16 rows.
+pub(crate) unsafe fn load_config(rows: [u8; 8]) {
     let mut config =
         TileConfig { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
     config.row_bytes[..8].fill(ROW_BYTES as u16);
-    config.rows[..8].copy_from_slice(&[rows[0], rows[0], rows[1], rows[1], rows[0], rows[1], 16, 16]);
-    // SAFETY: kernels run where AMX is available (the contract of tile functions); the configuration is that of palette 1,
-    // all registers at most 16 rows of 64 bytes.
+    config.rows[..8].copy_from_slice(&rows);
+    // SAFETY: AMX is there, and the configuration is one of palette 1 (the contract).
     unsafe {
         asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly),
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _);
     }
+}
+
+/// Makes the row tiles `rows` high.
+fn configure(rows: [u8; 2]) {
+    if CONFIGURED.get() == rows {
+        return;
+    }
+    // SAFETY: kernels run where AMX is available (the contract of tile functions).
+    unsafe { load_config([rows[0], rows[0], rows[1], rows[1], rows[0], rows[1], 16, 16]) };
     CONFIGURED.set(rows);
 }
 
