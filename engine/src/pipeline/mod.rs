@@ -181,7 +181,7 @@ impl Pipeline {
         let mut session = Session::new(&part.plan, weights, &mut arena, part.banks, workers, isa)
             .profiled(self.profile.as_ref())
             .observed(self.observer.as_ref());
-        let stream = Stream::new(file, part);
+        let stream = Stream::new(file, part, workers);
         let kind = match part.part {
             models::Part::TextEncoder(_) => Part::Text,
             models::Part::Unet => Part::Denoiser,
