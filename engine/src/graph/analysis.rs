@@ -22,6 +22,12 @@ pub(super) fn stream_values(network: &Network, narrow: bool) -> Vec<bool> {
     for (_, t) in &network.outputs {
         stream[t.0] = true;
     }
+    // Copies are like what they are copied from.
+    for (i, node) in network.nodes.iter().enumerate().rev() {
+        if let Node::Resize { x } = *node {
+            stream[x.0] |= stream[i];
+        }
+    }
     stream
 }
 

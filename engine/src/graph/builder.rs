@@ -105,7 +105,7 @@ pub(super) enum Node {
         table: usize,
         positions: usize,
     },
-    /// Nearest neighbour: twice the size, less a last row or column where `dims` says so.
+    /// Nearest neighbour: twice the size, less a last row or column, or the same images over and over, where `dims` says so.
     Resize {
         x: Tensor,
     },
@@ -472,6 +472,20 @@ impl Builder {
         let p = self.weight(positions.0, kind(positions.1), Role::Table);
         let path = self.name("lookup");
         self.push(Node::Lookup { ids, table: t, positions: p }, self.dims(ids), c, path)
+    }
+
+    /// `x` for each of `batch` sequences: its images over and over, or `x` itself where it has as many.
+    ///
+    /// # Panics
+    /// Where `batch` is no multiple of the images.
+    pub fn repeat(&mut self, x: Tensor, batch: usize) -> Tensor {
+        let dims = self.dims(x);
+        assert!(batch.is_multiple_of(dims.batch), "{} images for {batch} in {}", dims.batch, self.name(""));
+        if batch == dims.batch {
+            return x;
+        }
+        let path = self.name("repeat");
+        self.push(Node::Resize { x }, Dims { batch, ..dims }, self.channels(x), path)
     }
 
     /// The finished network.

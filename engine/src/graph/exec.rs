@@ -6,6 +6,7 @@ use std::time::Instant;
 use kernels::attention::{Attention, Mask, attention};
 use kernels::gemm::{Epilogue, Filter, Gemm, gemm, gemm_rows};
 use kernels::layout::Weight;
+use kernels::par::Shared;
 use kernels::pass::{
     Norm, Recipe, Source, group_codings, group_finish, group_stats, group_sums, operand_pass, range_codings,
     rows_pass, stats_len, sums_len,
@@ -435,10 +436,10 @@ impl<'a> Session<'a> {
             }
             Op::Resize { x, from, to, out } => match x.kind {
                 RowsKind::F32 => {
-                    resize::<f32>(self.read(x.buf, bank), from, self.write(out.buf, bank), to, x.c)
+                    resize::<f32>(workers, self.read(x.buf, bank), from, self.write(out.buf, bank), to, x.c);
                 }
                 RowsKind::Bf16 => {
-                    resize::<bf16>(self.read(x.buf, bank), from, self.write(out.buf, bank), to, x.c);
+                    resize::<bf16>(workers, self.read(x.buf, bank), from, self.write(out.buf, bank), to, x.c);
                 }
                 RowsKind::U32 => unreachable!("ids are no image"),
             },
@@ -450,11 +451,28 @@ impl<'a> Session<'a> {
     }
 }
 
-/// Nearest neighbour at twice the size; `to` may lack the last row or column.
-fn resize<T: Copy>(x: &[T], from: super::Dims, out: &mut [T], to: super::Dims, c: usize) {
-    for (i, pixel) in out.chunks_exact_mut(c).enumerate() {
-        let (image, y, x0) = (i / (to.h * to.w), i / to.w % to.h, i % to.w);
-        let at = (image * from.h + y / 2) * from.w + x0 / 2;
-        pixel.copy_from_slice(&x[at * c..][..c]);
-    }
+/// Nearest neighbour: each side of `to` is that of `from` or twice as long, less a last row or column; images are those of
+/// `from` over and over.
+fn resize<T: Copy + Send + Sync>(
+    workers: &Workers,
+    x: &[T],
+    from: super::Dims,
+    out: &mut [T],
+    to: super::Dims,
+    c: usize,
+) {
+    let half = |at: usize, from: usize, to: usize| if from == to { at } else { at / 2 };
+    let out = Shared::new(&mut out[..to.pixels() * c]);
+    workers.for_each(to.batch * to.h, |row, _| {
+        let (image, y) = (row / to.h % from.batch, half(row % to.h, from.h, to.h));
+        let line = &x[(image * from.h + y) * from.w * c..][..from.w * c];
+        // SAFETY: each task has a row of its own.
+        let out = unsafe { out.slice(row * to.w * c, to.w * c) };
+        if from.w == to.w {
+            return out.copy_from_slice(line);
+        }
+        for (x, pixel) in out.chunks_exact_mut(c).enumerate() {
+            pixel.copy_from_slice(&line[x / 2 * c..][..c]);
+        }
+    });
 }

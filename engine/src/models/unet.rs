@@ -18,7 +18,7 @@ const LAYER_EPS: f32 = 1e-5;
 /// Sizes of a pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UnetInput {
-    /// Latents at a time.
+    /// Prompts at a time.
     pub batch: usize,
     /// Rows of latents.
     pub h: usize,
@@ -28,17 +28,20 @@ pub struct UnetInput {
     pub tokens: usize,
 }
 
-/// One noise prediction.
+/// Noise predictions of one picture for several prompts. What comes before the first attention to a prompt is the same for
+/// all and computed once, unless the config has a `size` for each.
 ///
-/// Inputs: `latents` `[batch, h, w, in_channels]`; `time` `[batch, c0]`, the sinusoidal embedding of the timestep;
-/// `context` `[batch, tokens, cross_attention_dim]`; where the config has them, `guidance` `[batch, time_cond_proj_dim]`
-/// and `size` `[batch, projection_input_dim]`. Output: `noise` `[batch, h, w, out_channels]`.
+/// Inputs: `latents` `[images, h, w, in_channels]`, where `images` is `batch` with a `size` and 1 without; `time`
+/// `[images, c0]`, the sinusoidal embedding of the timestep; `context` `[batch, tokens, cross_attention_dim]`; where the config
+/// has them, `guidance` `[images, time_cond_proj_dim]` and `size` `[batch, projection_input_dim]`. Output: `noise`
+/// `[batch, h, w, out_channels]`.
 pub fn unet(cfg: &UnetConfig, size: UnetInput) -> Network {
     let UnetInput { batch, h, w, tokens } = size;
     let mut b = Builder::new("unet");
     let c0 = cfg.block_out_channels[0];
-    let rows = Dims { batch, h: 1, w: 1 };
-    let latents = b.input("latents", Dims { batch, h, w }, cfg.in_channels, Rate::Step);
+    let images = if cfg.addition_embed.is_some() { batch } else { 1 };
+    let rows = Dims { batch: images, h: 1, w: 1 };
+    let latents = b.input("latents", Dims { batch: images, h, w }, cfg.in_channels, Rate::Step);
     let time = b.input("time", rows, c0, Rate::Step);
     let context = b.input("context", Dims { batch, h: 1, w: tokens }, cfg.cross_attention_dim, Rate::Run);
 
@@ -56,7 +59,7 @@ pub fn unet(cfg: &UnetConfig, size: UnetInput) -> Network {
         None => time,
     };
     let emb = b.within("time_embedding", |b| embedding(b, time, 4 * c0, aug));
-    let emb = b.activate(emb, Activation::Silu); // [batch, 4 c0]: every residual block begins so
+    let emb = b.activate(emb, Activation::Silu); // [images, 4 c0]: every residual block begins so
 
     let x = b.conv3x3(latents, "conv_in", c0, Role::ConvIn).build();
     let net = Blocks { cfg, emb, context };
@@ -64,6 +67,7 @@ pub fn unet(cfg: &UnetConfig, size: UnetInput) -> Network {
     let x = net.down(&mut b, x, &mut skips);
     let x = net.mid(&mut b, x);
     let x = net.up(&mut b, x, &mut skips);
+    let x = b.repeat(x, batch);
     let x = b.group_norm(x, "conv_norm_out", cfg.norm_num_groups, EPS, Activation::Silu);
     let noise = b.conv3x3(x, "conv_out", cfg.out_channels, Role::ConvOut).build();
     b.output("noise", noise);
@@ -103,7 +107,7 @@ fn embedding(b: &mut Builder, x: Tensor, n: usize, add: Option<Tensor>) -> Tenso
 
 struct Blocks<'a> {
     cfg: &'a UnetConfig,
-    /// `[batch, 4 c0]`, activated.
+    /// `[images, 4 c0]`, activated.
     emb: Tensor,
     /// `[batch, tokens, cross_attention_dim]`.
     context: Tensor,
@@ -151,6 +155,7 @@ impl Blocks<'_> {
             b.within(format!("up_blocks.{i}"), |b| {
                 for (j, &depth) in self.cfg.up_layers[i].iter().enumerate() {
                     let skip = skips.pop().expect("one skip per residual block on the way up");
+                    let skip = b.repeat(skip, b.dims(x).batch);
                     let joined = b.concat(x, skip);
                     x = self.resnet(b, joined, j, c);
                     x = self.transformer(b, x, j, depth, self.cfg.num_attention_heads[level]);
@@ -181,6 +186,7 @@ impl Blocks<'_> {
             for k in 0..depth {
                 y = b.within(format!("transformer_blocks.{k}"), |b| self.layer(b, y, heads));
             }
+            let x = b.repeat(x, b.dims(y).batch);
             b.linear(y, "proj_out", c, Role::Projection).residual(x).build()
         })
     }
@@ -195,6 +201,7 @@ impl Blocks<'_> {
             let y = b.attention(q, k, v, heads, false);
             b.linear(y, "to_out.0", c, Role::AttentionOut).residual(x).build()
         });
+        let x = b.repeat(x, b.dims(self.context).batch);
         let y = b.layer_norm(x, "norm2", LAYER_EPS);
         let x = b.within("attn2", |b| {
             let q = b.linear(y, "to_q", c, Role::CrossQ).no_bias().build();
@@ -218,7 +225,10 @@ pub(super) fn resnet(
     eps: f32,
     emb: Option<Tensor>,
 ) -> Tensor {
-    let shift = emb.map(|emb| b.linear(emb, "time_emb_proj", c, Role::TimeShift).build());
+    let shift = emb.map(|emb| {
+        let t = b.linear(emb, "time_emb_proj", c, Role::TimeShift).build();
+        b.repeat(t, b.dims(x).batch)
+    });
     let y = b.group_norm(x, "norm1", groups, eps, Activation::Silu);
     let y = b.conv3x3(y, "conv1", c, Role::Conv);
     let y = match shift {
