@@ -22,6 +22,9 @@ const PAIR: usize = TILE_COLUMNS / TILE_N;
 const BLOCK_ROWS: usize = 512;
 /// Most rows of a block that is widened, or whose sums over taps had better stay in L1.
 const SMALL_BLOCK_ROWS: usize = 128;
+/// How many times larger a block is whose weights are unpacked: that is done again for each, which costs more than to fetch rows
+/// from beyond L2.
+const UNPACKED_BLOCKS: usize = 4;
 /// Weights of so many bytes stay in L2 from block to block, so that blocks may be small.
 const RESIDENT_WEIGHT: usize = 1024 * 1024;
 /// Most panel pairs whose sums a task keeps while chunks go by.
@@ -115,7 +118,8 @@ pub(super) fn run(
     let block_rows = if widens || by_tap && weight.bytes.len() <= RESIDENT_WEIGHT {
         SMALL_BLOCK_ROWS
     } else {
-        (kernel.block_bytes / row_bytes).min(BLOCK_ROWS).max(kernel.mr)
+        let blocks = if unpacks { UNPACKED_BLOCKS } else { 1 };
+        (blocks * kernel.block_bytes / row_bytes).min(BLOCK_ROWS).max(kernel.mr)
     };
     let geometry = Geometry::new(&input, &filter, kernel.mr, by_image, rows, folds.then_some(block_rows));
     let out = match out {
