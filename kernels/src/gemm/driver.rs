@@ -5,6 +5,8 @@
 
 use std::ops::Range;
 
+use super::chunks::{Chunk, chunks, rows_bytes};
+use super::columns::Columns;
 use super::geometry::{FOLDED_TAPS, Geometry, RowTile, folded};
 use super::steps::{AddTap, Finish, Out, Sums, Target, Unpack, Widen};
 use super::table::{GemmKernel, Types};
@@ -13,15 +15,15 @@ use super::{Epilogue, Gemm};
 use crate::Workers;
 use crate::arch::prefetch;
 use crate::layout::{ALIGN, Encoding, TILE_K, TILE_N, Weight};
-use crate::par::{SCRATCH_BYTES, Shared};
+use crate::par::Shared;
 use crate::view::{Operand, RowsMut};
 
 /// Panels under a tile.
-const PAIR: usize = TILE_COLUMNS / TILE_N;
+pub(super) const PAIR: usize = TILE_COLUMNS / TILE_N;
 /// Most rows of a block.
 const BLOCK_ROWS: usize = 512;
 /// Most rows of a block that is widened, or whose sums over taps had better stay in L1.
-const SMALL_BLOCK_ROWS: usize = 128;
+pub(super) const SMALL_BLOCK_ROWS: usize = 128;
 /// How many times larger a block is whose weights are unpacked: that is done again for each, which costs more than to fetch rows
 /// from beyond L2.
 const UNPACKED_BLOCKS: usize = 4;
@@ -32,28 +34,12 @@ const GROUP_PAIRS: usize = 8;
 /// Fewest tasks a call is cut into, where its panels allow.
 const TASKS: usize = 16;
 
-/// Part of the inputs of some taps.
-#[derive(Clone, Copy, Debug)]
-struct Chunk {
-    /// First tap.
-    tap: usize,
-    /// Taps: more than one only where the kernel sums them at once.
-    taps: usize,
-    /// First input, a multiple of [`TILE_K`].
-    k: usize,
-    /// Inputs, padded to [`TILE_K`].
-    len: usize,
-    /// Whether it begins and ends the inputs that one accumulator sums.
-    first: bool,
-    last: bool,
-}
-
 /// A call, prepared for one kernel.
-struct Plan<'a> {
-    kernel: &'static GemmKernel,
-    operand: Operand<'a>,
-    weight: Weight<'a>,
-    epilogue: Epilogue<'a>,
+pub(super) struct Plan<'a> {
+    pub(super) kernel: &'static GemmKernel,
+    pub(super) operand: Operand<'a>,
+    pub(super) weight: Weight<'a>,
+    pub(super) epilogue: Epilogue<'a>,
     out: Out<'a>,
     geometry: Geometry,
     chunks: Vec<Chunk>,
@@ -64,7 +50,7 @@ struct Plan<'a> {
     /// Taps that meet one pixel of an upsampled image are added up first: a block has the taps of one phase.
     folds: bool,
     /// Taps are added up in f32, as each meets pixels of other scales.
-    by_tap: bool,
+    pub(super) by_tap: bool,
     /// Accumulators wait in memory between chunks.
     keeps: bool,
     /// Most rows of a block.
@@ -160,44 +146,6 @@ pub(super) fn run(
         }
         (kernel.leave)();
     });
-}
-
-/// Cuts the inputs so that a pair's weights stay where the kernel wants them, and widened rows fit their buffer.
-fn chunks(all_taps: usize, padded: usize, kernel: &GemmKernel, widens: bool, by_tap: bool) -> Vec<Chunk> {
-    let mut most = (kernel.pair_bytes / (TILE_COLUMNS * kernel.types.weight_bytes())).max(TILE_K);
-    if widens {
-        most = most.min(rows_bytes() / (SMALL_BLOCK_ROWS * kernel.types.row_bytes()));
-    }
-    // All taps of a filter at once where they fit, or a line of it: rows of pixels side by side are met again while they are
-    // in the nearest cache.
-    let line = all_taps.isqrt();
-    let taps = match all_taps {
-        _ if by_tap || widens || kernel.taps < all_taps => 1,
-        all if all * padded <= most => all,
-        all if line * line == all => line,
-        _ => 1,
-    };
-    most = (most / taps / TILE_K * TILE_K).max(TILE_K).min(padded);
-    let pieces = if padded == 0 { 0 } else { padded.div_ceil(most) };
-    let len = if pieces == 0 { 0 } else { (padded / TILE_K).div_ceil(pieces) * TILE_K };
-    let mut chunks = vec![];
-    for tap in (0..all_taps).step_by(taps) {
-        for k in (0..padded).step_by(len.max(1)) {
-            let first = by_tap && k == 0;
-            chunks.push(Chunk { tap, taps, k, len: len.min(padded - k), first, last: false });
-        }
-    }
-    if let Some(first) = chunks.first_mut() {
-        first.first = true;
-    }
-    for i in 0..chunks.len() {
-        chunks[i].last = chunks.get(i + 1).is_none_or(|next| next.first);
-    }
-    chunks
-}
-
-const fn rows_bytes() -> usize {
-    SCRATCH_BYTES / 4
 }
 
 impl<'a> Plan<'a> {
@@ -532,61 +480,4 @@ struct Blocks<'b> {
     stride: usize,
     /// Bytes from tap to tap.
     tap: usize,
-}
-
-/// What the tiles of a panel pair have in common.
-struct Columns {
-    pair: usize,
-    panels: usize,
-    /// First column.
-    first: usize,
-    /// Columns before the activation.
-    inputs: usize,
-    scale: [f32; TILE_COLUMNS],
-    bias: [f32; TILE_COLUMNS],
-    /// The sum of each output's weights, over the tap at hand where taps are added up, else over all; 128 times as much where
-    /// that is the code of zero in all rows.
-    offset: [i32; TILE_COLUMNS],
-}
-
-impl Columns {
-    fn new(plan: &Plan<'_>, pair: usize, chunk: Option<&Chunk>) -> Columns {
-        let shape = plan.weight.shape;
-        let first = pair * TILE_COLUMNS;
-        let inputs = TILE_COLUMNS.min(shape.n - first);
-        let panels = PAIR.min(shape.panels() - pair * PAIR);
-        let mut columns =
-            Columns { pair, panels, first, inputs, scale: [1.0; _], bias: [0.0; _], offset: [0; _] };
-        if plan.weight.encoding.is_integer() {
-            for p in 0..panels {
-                let scale = plan.weight.panel(pair * PAIR + p).scale();
-                columns.scale[p * TILE_N..][..TILE_N].copy_from_slice(&scale);
-            }
-        }
-        if plan.kernel.types.is_integer() {
-            columns.offset = match chunk {
-                Some(chunk) if plan.by_tap => columns.offset(plan, chunk.tap..chunk.tap + 1),
-                _ => columns.offset(plan, 0..shape.taps),
-            };
-        }
-        if let Some(bias) = plan.epilogue.bias {
-            columns.bias[..inputs].copy_from_slice(&bias[first..first + inputs]);
-        }
-        columns
-    }
-
-    /// The sum of each output's weights over `taps`, times the code of zero if all rows have the same.
-    fn offset(&self, plan: &Plan<'_>, taps: Range<usize>) -> [i32; TILE_COLUMNS] {
-        let zero = if let Operand::U8Uniform { .. } = plan.operand { 1 } else { 128 };
-        let mut offset = [0; TILE_COLUMNS];
-        for p in 0..self.panels {
-            let panel = plan.weight.panel(self.pair * PAIR + p);
-            for tap in taps.clone() {
-                for (offset, sum) in offset[p * TILE_N..].iter_mut().zip(panel.sum(tap)) {
-                    *offset += zero * sum;
-                }
-            }
-        }
-        offset
-    }
 }

@@ -1,6 +1,8 @@
 //! Linear layers and convolutions: operand rows times encoded weight panels, with an epilogue.
 
 mod check;
+mod chunks;
+mod columns;
 mod driver;
 mod geometry;
 pub(crate) mod steps;

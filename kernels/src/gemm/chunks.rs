@@ -1,0 +1,69 @@
+//! How the inputs of a call are cut along `k`.
+#![forbid(unsafe_code)]
+
+use super::driver::SMALL_BLOCK_ROWS;
+use super::table::GemmKernel;
+use super::tile::TILE_COLUMNS;
+use crate::layout::TILE_K;
+use crate::par::SCRATCH_BYTES;
+
+/// Part of the inputs of some taps.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Chunk {
+    /// First tap.
+    pub(super) tap: usize,
+    /// Taps: more than one only where the kernel sums them at once.
+    pub(super) taps: usize,
+    /// First input, a multiple of [`TILE_K`].
+    pub(super) k: usize,
+    /// Inputs, padded to [`TILE_K`].
+    pub(super) len: usize,
+    /// Whether it begins and ends the inputs that one accumulator sums.
+    pub(super) first: bool,
+    pub(super) last: bool,
+}
+
+/// Cuts the inputs so that a pair's weights stay where the kernel wants them, and widened rows fit their buffer.
+pub(super) fn chunks(
+    all_taps: usize,
+    padded: usize,
+    kernel: &GemmKernel,
+    widens: bool,
+    by_tap: bool,
+) -> Vec<Chunk> {
+    let mut most = (kernel.pair_bytes / (TILE_COLUMNS * kernel.types.weight_bytes())).max(TILE_K);
+    if widens {
+        most = most.min(rows_bytes() / (SMALL_BLOCK_ROWS * kernel.types.row_bytes()));
+    }
+    // All taps of a filter at once where they fit, or a line of it: rows of pixels side by side are met again while they are
+    // in the nearest cache.
+    let line = all_taps.isqrt();
+    let taps = match all_taps {
+        _ if by_tap || widens || kernel.taps < all_taps => 1,
+        all if all * padded <= most => all,
+        all if line * line == all => line,
+        _ => 1,
+    };
+    most = (most / taps / TILE_K * TILE_K).max(TILE_K).min(padded);
+    let pieces = if padded == 0 { 0 } else { padded.div_ceil(most) };
+    let len = if pieces == 0 { 0 } else { (padded / TILE_K).div_ceil(pieces) * TILE_K };
+    let mut chunks = vec![];
+    for tap in (0..all_taps).step_by(taps) {
+        for k in (0..padded).step_by(len.max(1)) {
+            let first = by_tap && k == 0;
+            chunks.push(Chunk { tap, taps, k, len: len.min(padded - k), first, last: false });
+        }
+    }
+    if let Some(first) = chunks.first_mut() {
+        first.first = true;
+    }
+    for i in 0..chunks.len() {
+        chunks[i].last = chunks.get(i + 1).is_none_or(|next| next.first);
+    }
+    chunks
+}
+
+/// Bytes of scratch memory for widened rows.
+pub(super) const fn rows_bytes() -> usize {
+    SCRATCH_BYTES / 4
+}
