@@ -1,6 +1,7 @@
 //! Attention in bf16 products on AMX tiles: 16 queries at a time meet blocks of keys. Scores start from the exponent of a
 //! score of 0, so that what comes out of the product is, but for a factor, what the exponential takes, whose rows are in
-//! turn those of an operand. A mask is part of the start.
+//! turn those of an operand. A mask is part of the start. Keys that only fill the last tile have scores of 0, values of 0, and
+//! no part in the sum of the weights, so they need none.
 
 use bytemuck::cast_slice_mut;
 
@@ -105,7 +106,7 @@ fn pack_k<S: Simd, T: Element>(s: S, head: &KvHead<'_>, k: &[T], first: usize, o
     }
 }
 
-/// Tiles of V, pairs of keys by columns, keys in the order of [`place`], ones in the first free column.
+/// Tiles of V, pairs of keys by columns, keys in the order of [`place`], ones in the first free column of keys that exist.
 #[inline(always)]
 fn pack_v<S: Simd, T: Element>(s: S, head: &KvHead<'_>, v: &[T], first: usize, out: &mut [bf16]) {
     let d = head.d;
@@ -117,7 +118,8 @@ fn pack_v<S: Simd, T: Element>(s: S, head: &KvHead<'_>, v: &[T], first: usize, o
                 let (a, b) = (row(s, head, v, key, c, columns), row(s, head, v, key + 1, c, columns));
                 s.store_bf16_pairs(a, b, out);
                 if columns < S::LANES {
-                    out[2 * columns..2 * columns + 2].fill(bf16::ONE);
+                    let one = |key: usize| if key < head.nk { bf16::ONE } else { bf16::ZERO };
+                    (out[2 * columns], out[2 * columns + 1]) = (one(key), one(key + 1));
                 }
             }
         }
@@ -149,7 +151,7 @@ pub(super) struct Block<'a, W> {
 
 /// Bytes of scratch memory that a [`Block`] wants.
 pub(super) const fn scratch_bytes(d: usize) -> usize {
-    let narrow = queries(d) / ROWS * k_tiles(d) + 2 * BLOCK / WIDTH + 1;
+    let narrow = queries(d) / ROWS * k_tiles(d) + 2 * BLOCK / WIDTH + 2;
     let wide = 2 * BLOCK / WIDTH + 3 + queries(d) / ROWS * (1 + sum_tiles(d));
     2 * narrow * TILE + 4 * wide * SUMS
 }
@@ -162,6 +164,8 @@ struct Shared<'a> {
     tiles: &'a Tiles,
     /// A tile of ones.
     ones: &'a mut [bf16],
+    /// The same for the last piece of 32 keys: ones where keys exist.
+    last_ones: &'a mut [bf16],
     /// Where scores start that nothing is known of.
     start: &'a mut [f32],
     /// Scores of a block of keys, `[BLOCK / 32][16][32]`.
@@ -210,6 +214,7 @@ impl<W: Write> SimdOp for Block<'_, W> {
         let (p, rest) = rest.split_at_mut(2 * BLOCK / WIDTH * TILE);
         let (p_before, rest) = rest.split_at_mut(2 * BLOCK / WIDTH * TILE);
         let (ones, rest) = rest.split_at_mut(2 * TILE);
+        let (last_ones, rest) = rest.split_at_mut(2 * TILE);
         let (scores, rest) = rest.split_at_mut(4 * 2 * BLOCK / WIDTH * SUMS);
         let (masked, rest) = rest.split_at_mut(4 * 2 * SUMS);
         let (start, rest) = rest.split_at_mut(4 * SUMS);
@@ -224,6 +229,7 @@ impl<W: Write> SimdOp for Block<'_, W> {
             v,
             tiles,
             ones: cast_slice_mut(ones),
+            last_ones: cast_slice_mut(last_ones),
             start: cast_slice_mut(start),
             scores: cast_slice_mut(scores),
             p: cast_slice_mut(p),
@@ -232,6 +238,14 @@ impl<W: Write> SimdOp for Block<'_, W> {
         };
         head.prefetch(s, first, groups * ROWS);
         shared.ones.fill(bf16::ONE);
+        let keys = (head.shape.nk - 1) % WIDTH + 1;
+        for (pair, row) in shared.last_ones.chunks_exact_mut(WIDTH).enumerate() {
+            let key = place(2 * pair);
+            for pair in row.chunks_exact_mut(2) {
+                let one = |key: usize| if key < keys { bf16::ONE } else { bf16::ZERO };
+                (pair[0], pair[1]) = (one(key), one(key + 1));
+            }
+        }
         shared.start.fill(ONE / factor(&head));
         let mut states = Vec::with_capacity(groups);
         let parts = q
@@ -287,7 +301,7 @@ impl Shared<'_> {
             let pieces = (self.head.shape.nk - first_key).min(BLOCK).div_ceil(WIDTH);
             let n = pieces * TILE;
             for g in 0..groups.len() {
-                self.score(s, &groups[g], first_key, pieces);
+                self.score(s, &groups[g], first_key, pieces, level);
                 std::mem::swap(&mut self.p, &mut self.p_before);
                 let fits = match pending {
                     Some(before) if before.pieces == pieces && vt >= COLUMNS => {
@@ -320,14 +334,16 @@ impl Shared<'_> {
         }
     }
 
-    /// Scores of `group` and `pieces` of 32 keys from `first_key` on.
+    /// Scores of `group` and `pieces` of 32 keys from `first_key` on; where levels may be low, also of keys that don't exist as
+    /// of hidden ones.
     #[inline(always)]
-    fn score<S: Simd>(&mut self, s: S, group: &Group<'_>, first_key: usize, pieces: usize) {
+    fn score<S: Simd>(&mut self, s: S, group: &Group<'_>, first_key: usize, pieces: usize, level: bool) {
         let nk = self.head.shape.nk;
         let kt = group.q.len() / TILE;
         // Keys before this one are seen by all queries.
         let free = match self.head.mask {
-            Mask::None => nk,
+            Mask::None if level => nk,
+            Mask::None => nk.next_multiple_of(WIDTH),
             Mask::Causal => nk.min(group.first),
             Mask::Bias(_) => 0,
         };
@@ -363,10 +379,23 @@ impl Shared<'_> {
         for (c, acc) in (first..).step_by(COLUMNS).zip(acc.chunks_mut(COLUMNS * SUMS)) {
             self.tiles.weigh(p, &v[c * TILE..], vt, acc);
         }
-        if alone < vt {
-            self.tiles.weigh_and_sum(p, &v[alone * TILE..], vt, self.ones, last);
-        } else if !holds_ones(d) {
-            self.tiles.weigh(p, self.ones, 0, last);
+        if holds_ones(d) {
+            return;
+        }
+        let nk = self.head.shape.nk;
+        let whole =
+            if before.first_key + before.pieces * WIDTH > nk { before.pieces - 1 } else { before.pieces };
+        for (pieces, ones) in [(0..whole, &*self.ones), (whole..before.pieces, &*self.last_ones)] {
+            if pieces.is_empty() {
+                continue;
+            }
+            let p = &p[pieces.start * TILE..pieces.end * TILE];
+            if alone < vt {
+                let v = &v[(pieces.start * vt + alone) * TILE..];
+                self.tiles.weigh_and_sum(p, v, vt, ones, last);
+            } else {
+                self.tiles.weigh(p, ones, 0, last);
+            }
         }
     }
 }
@@ -418,19 +447,23 @@ fn factor(head: &QueryHead<'_>) -> f32 {
 #[inline(always)]
 fn pack_q<S: Simd, T: Element>(s: S, head: &QueryHead<'_>, q: &[T], first: usize, out: &mut [bf16]) {
     let AttentionShape { nq, d, .. } = head.shape;
-    for (c, tile) in (0..).step_by(WIDTH).zip(out.chunks_exact_mut(TILE)) {
-        for (i, row) in tile.chunks_exact_mut(S::LANES).enumerate() {
-            let (query, c) = (first + i * S::LANES / WIDTH, c + i * S::LANES % WIDTH);
-            let columns = if query < nq { S::LANES.min(d.saturating_sub(c)) } else { 0 };
-            let from = (head.sequence * nq + query) * head.stride + head.head * d + c;
-            let x = if columns == S::LANES {
-                T::load(s, &q[from..])
-            } else if columns > 0 {
-                T::load_partial(s, &q[from..][..columns])
-            } else {
-                s.splat(0.0)
-            };
-            s.store_bf16(x, row);
+    for i in 0..ROWS {
+        let query = first + i;
+        let columns = if query < nq { d } else { 0 };
+        let from = (head.sequence * nq + query.min(nq - 1)) * head.stride + head.head * d;
+        let q = &q[from..from + columns];
+        for (c, tile) in (0..).step_by(WIDTH).zip(out.chunks_exact_mut(TILE)) {
+            for (c, row) in (c..).step_by(S::LANES).zip(tile[i * WIDTH..][..WIDTH].chunks_exact_mut(S::LANES))
+            {
+                let x = if c + S::LANES <= columns {
+                    T::load(s, &q[c..])
+                } else if c < columns {
+                    T::load_partial(s, &q[c..])
+                } else {
+                    s.splat(0.0)
+                };
+                s.store_bf16(x, row);
+            }
         }
     }
 }

@@ -104,6 +104,9 @@ fn shapes() -> Vec<AttentionShape> {
     for nk in [7, 8, 9, 31, 32, 33, 77, 127, 128, 129, 255, 256, 257, 512] {
         shapes.push(shape(1, 33, nk, 1, 20));
     }
+    for nk in [31, 32, 64, 95, 96, 97, 192] {
+        shapes.push(shape(1, 17, nk, 1, 80));
+    }
     for d in [1, 8, 12, 16, 31, 32, 33, 40, 48, 64, 80, 96, 128, 160, 512] {
         shapes.push(shape(2, 19, 45, 2, d));
     }
