@@ -2,6 +2,8 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+#[cfg(target_arch = "x86_64")]
+mod bytes;
 mod head;
 #[cfg(target_arch = "x86_64")]
 mod powers;
@@ -14,6 +16,8 @@ use bytemuck::{cast_slice, cast_slice_mut};
 
 use crate::layout::ALIGN;
 use crate::par::{SCRATCH_BYTES, Shared};
+#[cfg(target_arch = "x86_64")]
+use crate::simd::dot::{dispatch_dot, has_dot};
 use crate::simd::{self, Element, Simd, dispatch};
 use crate::view::{Rows, RowsMut};
 use crate::{Isa, Workers, bf16};
@@ -26,8 +30,19 @@ pub enum Products {
     F32,
     /// bf16 products where the tier is fast at them (AMX), else f32.
     Bf16,
-    /// int8 products where they pay and the measured error allows, else as `Bf16`.
+    /// Products of bytes on the tiers with dot products of them (but AMX), from some keys on and without a mask: within 3 %
+    /// of the greatest output. Otherwise as `Bf16`.
     Int8,
+}
+
+impl Products {
+    /// What calls with a mask get: dot products of bytes know none.
+    fn of_masked(self) -> Products {
+        match self {
+            Products::Int8 => Products::Bf16,
+            other => other,
+        }
+    }
 }
 
 /// What is added to the scores.
@@ -92,11 +107,18 @@ const PACKED_BYTES: usize = 4 << 20;
 /// for all but the first. Beyond, a head's blocks follow one another.
 const TURNS_BYTES: usize = 1 << 20;
 
+/// Keys from which on products of bytes pay: a block of queries has to be worth encoding.
+#[cfg(target_arch = "x86_64")]
+const BYTES_KEYS: usize = 256;
+
 /// Which code runs a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     /// f32 on vectors.
     Vector,
+    /// Products of bytes on vectors.
+    #[cfg(target_arch = "x86_64")]
+    Bytes,
     /// bf16 products on AMX tiles.
     #[cfg(target_arch = "x86_64")]
     Amx,
@@ -123,6 +145,12 @@ impl Plan {
             (Isa::Amx, Products::Bf16 | Products::Int8) if amx::available() => {
                 (Kind::Amx, amx::queries(shape.d))
             }
+            #[cfg(target_arch = "x86_64")]
+            (_, Products::Int8)
+                if has_dot(isa) && shape.d <= bytes::MAX_D && shape.nk >= BYTES_KEYS =>
+            {
+                (Kind::Bytes, bytes::queries(simd::lanes(isa)))
+            }
             _ => (Kind::Vector, vector::queries(simd::lanes(isa))),
         };
         let mut plan = Plan { kind, d: shape.d, k_bytes: 0, head_bytes: 0, heads: 1, queries };
@@ -138,7 +166,18 @@ impl Plan {
         match self.kind {
             Kind::Vector => (4 * vector::k_elements(keys, self.d), 4 * vector::v_elements(keys, self.d)),
             #[cfg(target_arch = "x86_64")]
+            Kind::Bytes => (4 * bytes::k_words(keys, self.d), 4 * bytes::v_words(keys, self.d)),
+            #[cfg(target_arch = "x86_64")]
             Kind::Amx => (2 * amx::k_elements(keys, self.d), 2 * amx::v_elements(keys, self.d)),
+        }
+    }
+
+    /// Keys that a task packs.
+    fn pack_keys(&self) -> usize {
+        match self.kind {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Bytes => bytes::KEYS,
+            _ => PACK_KEYS,
         }
     }
 
@@ -146,6 +185,10 @@ impl Plan {
     fn scratch_bytes(&self) -> usize {
         match self.kind {
             Kind::Vector => 4 * vector::scratch_elements(self.queries, self.d),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Bytes => {
+                4 * bytes::scratch_elements(self.queries, self.d).max(bytes::pack_elements(self.d))
+            }
             #[cfg(target_arch = "x86_64")]
             Kind::Amx => amx::scratch_bytes(self.d),
         }
@@ -156,7 +199,9 @@ impl Plan {
 pub fn workspace_bytes(shape: &AttentionShape, isa: Isa, products: Products, threads: usize) -> usize {
     let _ = threads;
     let plan = Plan::new(shape, isa, products);
-    plan.heads * plan.head_bytes
+    let bytes = plan.heads * plan.head_bytes;
+    // With a mask one head at a time is enough.
+    bytes.max(Plan::new(shape, isa, products.of_masked()).head_bytes)
 }
 
 /// Runs `call`. `workspace` has at least [`workspace_bytes`] bytes, 64-byte aligned.
@@ -188,7 +233,9 @@ pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &m
         Mask::Causal => assert_eq!(nq, nk, "a causal mask"),
         Mask::Bias(bias) => assert_eq!(bias.len(), heads * nq * nk, "bias of {shape:?}"),
     }
-    let plan = Plan::new(&shape, isa, products);
+    let products = if matches!(mask, Mask::None) { products } else { products.of_masked() };
+    let mut plan = Plan::new(&shape, isa, products);
+    plan.heads = plan.heads.min(workspace.len() / plan.head_bytes).max(1);
     assert!(plan.scratch_bytes() <= SCRATCH_BYTES, "heads of {d}");
     let bytes = plan.heads * plan.head_bytes;
     assert!(workspace.len() >= bytes, "workspace of {} bytes for {bytes}", workspace.len());
@@ -199,15 +246,16 @@ pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &m
     };
 
     let blocks = nq.div_ceil(plan.queries);
-    let packs = nk.div_ceil(PACK_KEYS);
+    let pack_keys = plan.pack_keys();
+    let packs = nk.div_ceil(pack_keys);
     for first in (0..batch * heads).step_by(plan.heads) {
         let count = plan.heads.min(batch * heads - first);
         let place = |i: usize| ((first + i) / heads, (first + i) % heads);
         let packed = &mut workspace[..bytes];
         let parts = Shared::new(packed);
-        workers.for_each(packs, |task, _| {
-            let key = task * PACK_KEYS;
-            let (before, here) = (plan.bytes(key), plan.bytes(PACK_KEYS.min(nk - key)));
+        workers.for_each(packs, |task, scratch| {
+            let key = task * pack_keys;
+            let (before, here) = (plan.bytes(key), plan.bytes(pack_keys.min(nk - key)));
             // The heads of a row lie side by side, so they are packed together.
             for i in 0..count {
                 let (sequence, head) = place(i);
@@ -222,6 +270,12 @@ pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &m
                     Kind::Vector => {
                         let (k, v) = (cast_slice_mut(to_k), cast_slice_mut(to_v));
                         dispatch(isa, vector::Pack { head, first: key, k, v });
+                    }
+                    #[cfg(target_arch = "x86_64")]
+                    Kind::Bytes => {
+                        let (k, v) = (cast_slice_mut(to_k), cast_slice_mut(to_v));
+                        let scratch = cast_slice_mut(&mut *scratch);
+                        dispatch_dot(isa, bytes::Pack { head, first: key, k, v, scratch });
                     }
                     #[cfg(target_arch = "x86_64")]
                     Kind::Amx => {
@@ -246,6 +300,11 @@ pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &m
                     let (k, v, scratch) = (cast_slice(k), cast_slice(v), cast_slice_mut(scratch));
                     let coarse = products != Products::F32;
                     dispatch(isa, vector::Block { head, first, k, v, coarse, scratch, out });
+                }
+                #[cfg(target_arch = "x86_64")]
+                Kind::Bytes => {
+                    let (k, v, scratch) = (cast_slice(k), cast_slice(v), cast_slice_mut(scratch));
+                    dispatch_dot(isa, bytes::Block { head, first, k, v, scratch, out });
                 }
                 #[cfg(target_arch = "x86_64")]
                 Kind::Amx => {
