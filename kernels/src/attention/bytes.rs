@@ -349,35 +349,32 @@ fn multiply<D: Dot, const MR: usize>(
 #[inline(always)]
 fn multiply_keys<D: Dot>(d: D, k: &[u32], keys: usize, q: &[u32], scores: &mut [f32], highest: &mut [f32]) {
     #[inline(always)]
-    fn tile<D: Dot, const MR: usize>(d: D, k: &[u32], q: &[u32], scores: &mut [f32], highest: &mut [f32]) {
+    fn tiles<D: Dot, const MR: usize>(d: D, k: &[u32], q: &[u32], scores: &mut [f32], highest: &mut [f32]) {
         let (s, lanes) = (d.vectors(), D::Vectors::LANES);
-        let mut start = [[d.splat(0); NV]; MR];
-        let (first, codes) = (&k[..MR], &k[KEYS..]);
-        for i in 0..MR {
-            start[i] = [d.splat(first[i]); NV];
-        }
-        let sums = multiply::<D, MR>(d, codes, KEYS, q, start);
-        for v in 0..NV {
-            let mut most = s.load(&highest[v * lanes..]);
+        for (i, scores) in scores.chunks_exact_mut(MR * queries(lanes)).enumerate() {
+            let (first, codes) = (&k[i * MR..][..MR], &k[KEYS + i * MR..]);
+            let mut start = [[d.splat(0); NV]; MR];
             for i in 0..MR {
-                let score = d.as_f32(sums[i][v]);
-                s.store(score, &mut scores[(i * NV + v) * lanes..]);
-                most = s.max(score, most);
+                start[i] = [d.splat(first[i]); NV];
             }
-            s.store(most, &mut highest[v * lanes..]);
+            let sums = multiply::<D, MR>(d, codes, KEYS, q, start);
+            for v in 0..NV {
+                let mut most = s.load(&highest[v * lanes..]);
+                for i in 0..MR {
+                    let score = d.as_f32(sums[i][v]);
+                    s.store(score, &mut scores[(i * NV + v) * lanes..]);
+                    most = s.max(score, most);
+                }
+                s.store(most, &mut highest[v * lanes..]);
+            }
         }
     }
-    let n = highest.len();
+    let scores = &mut scores[..keys * highest.len()];
     highest.fill(LEAST);
-    for (i, scores) in scores[..keys * n].chunks_exact_mut(PANEL * n).enumerate() {
-        let k = &k[i * PANEL..];
-        if D::Vectors::REGISTERS >= 32 {
-            tile::<D, 8>(d, k, q, scores, highest);
-        } else {
-            let (low, high) = scores.split_at_mut(PANEL / 2 * n);
-            tile::<D, 4>(d, k, q, low, highest);
-            tile::<D, 4>(d, &k[4..], q, high, highest);
-        }
+    if D::Vectors::REGISTERS >= 32 {
+        tiles::<D, 8>(d, k, q, scores, highest);
+    } else {
+        tiles::<D, 4>(d, k, q, scores, highest);
     }
 }
 
@@ -420,7 +417,7 @@ fn multiply_values<D: Dot>(
     acc: &mut [f32],
 ) {
     #[inline(always)]
-    fn tile<D: Dot, const MR: usize>(
+    fn tiles<D: Dot, const MR: usize>(
         d: D,
         v: &[u32],
         dv: usize,
@@ -430,27 +427,25 @@ fn multiply_values<D: Dot>(
         acc: &mut [f32],
     ) {
         let (s, lanes) = (d.vectors(), D::Vectors::LANES);
-        let sums = multiply::<D, MR>(d, &v[2 * dv..], dv, weights, [[d.splat(0); NV]; MR]);
-        for i in 0..MR {
-            let scale = s.splat(f32::from_bits(v[i]));
-            let middle = s.splat(f32::from_bits(v[dv + i]));
-            for v in 0..NV {
-                let acc = &mut acc[(i * NV + v) * lanes..];
-                let sum = s.mul(d.to_f32(sums[i][v]), scale);
-                let so_far = s.fma(middle, s.load(&total[v * lanes..]), s.load(acc));
-                s.store(s.fma(sum, s.load(&share[v * lanes..]), so_far), acc);
+        for (i, acc) in acc.chunks_exact_mut(MR * queries(lanes)).enumerate() {
+            let (scales, middles) = (&v[i * MR..][..MR], &v[dv + i * MR..][..MR]);
+            let codes = &v[2 * dv + i * MR..];
+            let sums = multiply::<D, MR>(d, codes, dv, weights, [[d.splat(0); NV]; MR]);
+            for i in 0..MR {
+                let (scale, middle) =
+                    (s.splat(f32::from_bits(scales[i])), s.splat(f32::from_bits(middles[i])));
+                for v in 0..NV {
+                    let acc = &mut acc[(i * NV + v) * lanes..];
+                    let sum = s.mul(d.to_f32(sums[i][v]), scale);
+                    let so_far = s.fma(middle, s.load(&total[v * lanes..]), s.load(acc));
+                    s.store(s.fma(sum, s.load(&share[v * lanes..]), so_far), acc);
+                }
             }
         }
     }
-    let n = share.len();
-    for (i, acc) in acc.chunks_exact_mut(PANEL * n).enumerate() {
-        let v = &v[i * PANEL..];
-        if D::Vectors::REGISTERS >= 32 {
-            tile::<D, 8>(d, v, dv, weights, share, total, acc);
-        } else {
-            let (low, high) = acc.split_at_mut(PANEL / 2 * n);
-            tile::<D, 4>(d, v, dv, weights, share, total, low);
-            tile::<D, 4>(d, &v[4..], dv, weights, share, total, high);
-        }
+    if D::Vectors::REGISTERS >= 32 {
+        tiles::<D, 8>(d, v, dv, weights, share, total, acc);
+    } else {
+        tiles::<D, 4>(d, v, dv, weights, share, total, acc);
     }
 }

@@ -1,6 +1,10 @@
 //! Dot products of bytes, four to a lane, for the tiers that are faster at them than at f32.
 
-use super::{Simd, x86};
+#![forbid(unsafe_code)]
+
+use super::Simd;
+#[cfg(target_arch = "x86_64")]
+use super::x86;
 use crate::Isa;
 
 /// Operations on vectors of [`Simd::LANES`] words, each an i32 or four bytes, beside the f32 of [`Dot::Vectors`].
@@ -53,10 +57,16 @@ pub const fn has_dot(isa: Isa) -> bool {
 /// Where the machine does not have `isa`, or [`has_dot`] says no.
 pub fn dispatch_dot<O: DotOp>(isa: Isa, op: O) {
     match isa {
+        #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => x86::dot::run_avx2(op),
+        #[cfg(target_arch = "x86_64")]
         Isa::AvxVnni => x86::dot::run_avxvnni(op),
+        #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni => x86::dot::run_avx512vnni(op),
-        _ => panic!("{isa:?} has no dot products of bytes"),
+        _ => {
+            drop(op);
+            panic!("{isa:?} has no dot products of bytes")
+        }
     }
 }
 
@@ -96,7 +106,9 @@ mod tests {
                     x.iter().map(|x| u32::from_le_bytes(x.map(|x| x as u8))).collect()
                 };
                 let want: Vec<u32> = (a.iter().zip(&b))
-                    .map(|(a, b)| (0..4).map(|j| a[j] * b[j]).sum::<i32>().wrapping_add(round as i32 - 9) as u32)
+                    .map(|(a, b)| {
+                        (0..4).map(|j| a[j] * b[j]).sum::<i32>().wrapping_add(round as i32 - 9) as u32
+                    })
                     .collect();
                 let got = d.dot(d.splat((round as i32 - 9) as u32), d.load(&join(&a)), d.load(&join(&b)));
                 assert_eq!(words(got), want);
@@ -116,14 +128,20 @@ mod tests {
                 for bytes in words(d.powers(x.map(|x| s.splat(x)), s.splat(factor))) {
                     for (x, got) in x.into_iter().zip(bytes.to_le_bytes()) {
                         let want = f64::from(D::MOST) * f64::from(x * factor).exp2();
-                        assert!((f64::from(got) - want).abs() <= 0.501 + 4e-3 * want, "{x}: {got} for {want}");
+                        assert!(
+                            (f64::from(got) - want).abs() <= 0.501 + 4e-3 * want,
+                            "{x}: {got} for {want}"
+                        );
                     }
                 }
             }
             for x in [-300.0, -1e5, -1e30] {
                 assert_eq!(words(d.powers([s.splat(x); 4], s.splat(1.0))), vec![0; n], "{x}");
             }
-            assert_eq!(words(d.powers([s.splat(0.0); 4], s.splat(3.0))), vec![u32::from_le_bytes([D::MOST; 4]); n]);
+            assert_eq!(
+                words(d.powers([s.splat(0.0); 4], s.splat(3.0))),
+                vec![u32::from_le_bytes([D::MOST; 4]); n]
+            );
         }
     }
 

@@ -69,7 +69,7 @@ impl<const VNNI: bool> Dot8<VNNI> {
         // Adding it leaves 8 bits for a fraction; the exponent of an f32 begins above them.
         const STEP: f32 = 49152.0 + 127.0;
         // 2^(m - 1) for m in [1, 2], minimax.
-        const Q: [f32; 3] = [0.681_277_87, -0.016_742_57, 0.337_189_45];
+        const Q: [f32; 3] = [0.681_277_9, -0.016_742_57, 0.337_189_45];
         // Adding it to a number below 2^22 leaves no bits for a fraction.
         const ROUND: f32 = 8_388_608.0;
         let s = self.0;
@@ -141,7 +141,12 @@ impl<const VNNI: bool> Dot for Dot8<VNNI> {
     #[inline(always)]
     fn powers(self, x: [__m256; 4], factor: __m256) -> __m256i {
         let [a, b, c, d] = x;
-        self.join([self.power(a, factor), self.power(b, factor), self.power(c, factor), self.power(d, factor)])
+        self.join([
+            self.power(a, factor),
+            self.power(b, factor),
+            self.power(c, factor),
+            self.power(d, factor),
+        ])
     }
 }
 
@@ -195,7 +200,12 @@ impl Dot for Dot16 {
     #[inline(always)]
     fn powers(self, x: [__m512; 4], factor: __m512) -> __m512i {
         let [a, b, c, d] = x;
-        self.pack([self.power(a, factor), self.power(b, factor), self.power(c, factor), self.power(d, factor)])
+        self.pack([
+            self.power(a, factor),
+            self.power(b, factor),
+            self.power(c, factor),
+            self.power(d, factor),
+        ])
     }
 }
 
