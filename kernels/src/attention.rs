@@ -114,8 +114,7 @@ const BYTES_KEYS: usize = 256;
 enum Kind {
     /// f32 on vectors.
     Vector,
-    /// Products of bytes on vectors.
-    #[cfg(target_arch = "x86_64")]
+    /// Dot products of bytes on vectors.
     Bytes,
     /// bf16 products on AMX tiles.
     #[cfg(target_arch = "x86_64")]

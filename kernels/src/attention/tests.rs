@@ -169,6 +169,22 @@ fn products_of_bytes_agree_with_the_reference() {
 }
 
 #[test]
+fn products_of_bytes_want_no_more_memory() {
+    for nk in [256, 257, 300, 384, 385, 1024, 4096, 9216, 16384] {
+        for d in [1, 8, 12, 40, 64, 80, 128, 160, 256] {
+            for heads in [1, 2, 8, 16, 20] {
+                let shape = shape(2, nk, nk, heads, d);
+                for isa in tiers() {
+                    let [bytes, others] = [Products::Int8, Products::Bf16]
+                        .map(|products| workspace_bytes(&shape, isa, products, 2));
+                    assert!(bytes <= others, "{isa:?} {shape:?}: {bytes} for {others}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn weights_of_bytes_sum_to_one() {
     let workers = Workers::new(1);
     let shape = shape(1, 50, 700, 1, 32);
