@@ -337,6 +337,23 @@ impl Write for &Out<'_> {
             Out::Bf16(out) => store(s, v, out, at, lanes),
         }
     }
+
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, s: S, at: usize, n: usize) {
+        #[inline(always)]
+        fn prefetch<S: Simd, T: Element>(s: S, out: &Shared<'_, T>, at: usize, n: usize) {
+            // SAFETY: as in `write`.
+            let out = unsafe { out.slice(at, n) };
+            for ahead in (0..size_of_val(out)).step_by(64) {
+                s.prefetch(out, ahead);
+            }
+            s.prefetch(out, size_of_val(out) - 1);
+        }
+        match self {
+            Out::F32(out) => prefetch(s, out, at, n),
+            Out::Bf16(out) => prefetch(s, out, at, n),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -231,6 +231,7 @@ impl<W: Write> SimdOp for Block<'_, W> {
             masked: cast_slice_mut(masked),
         };
         head.prefetch(s, first, groups * ROWS);
+        head.prefetch_out(s, first, groups * ROWS, &out);
         shared.ones.fill(bf16::ONE);
         shared.start.fill(ONE / factor(&head));
         let mut states = Vec::with_capacity(groups);

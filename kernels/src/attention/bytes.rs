@@ -272,6 +272,7 @@ impl<W: Write> DotOp for Block<'_, W> {
         let total = &mut rest[..n];
         let (q, weights): (&mut [u32], &mut [u32]) = (cast_slice_mut(q), cast_slice_mut(weights));
         self.head.prefetch(s, self.first, n);
+        self.head.prefetch_out(s, self.first, n, &self.out);
         self.head.load_transposed(s, self.first, n, acc);
         acc[size * n..].fill(0.0);
         encode_queries(d, &acc[..quads(size) * 4 * n], self.head.scale * std::f32::consts::LOG2_E, q, scale);
