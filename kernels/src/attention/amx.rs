@@ -237,6 +237,7 @@ impl<W: Write> SimdOp for Block<'_, W> {
             masked: cast_slice_mut(masked),
         };
         head.prefetch(s, first, groups * ROWS);
+        head.prefetch_out(s, first, groups * ROWS, &out);
         shared.ones.fill(bf16::ONE);
         let keys = (head.shape.nk - 1) % WIDTH + 1;
         for (pair, row) in shared.last_ones.chunks_exact_mut(WIDTH).enumerate() {

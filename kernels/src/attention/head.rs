@@ -148,6 +148,15 @@ impl QueryHead<'_> {
         }
     }
 
+    /// Asks for the outputs of `n` queries from `first` on, so that [`QueryHead::finish`] doesn't wait for them.
+    #[inline(always)]
+    pub(super) fn prefetch_out<S: Simd>(&self, s: S, first: usize, n: usize, write: &impl Write) {
+        let AttentionShape { nq, d, .. } = self.shape;
+        for query in first..nq.min(first + n) {
+            write.prefetch(s, self.out_at(query), d);
+        }
+    }
+
     /// The first element of query `query` in the output.
     #[inline(always)]
     pub(super) fn out_at(&self, query: usize) -> usize {
@@ -209,6 +218,8 @@ fn prefetch_rows<S: Simd>(s: S, rows: Rows<'_>, start: usize, stride: usize, n: 
 pub(super) trait Write {
     /// Stores the first `lanes` lanes of `v` from element `at` on.
     fn write<S: Simd>(&mut self, s: S, at: usize, v: S::F, lanes: usize);
+    /// Asks for `n` elements from `at` on.
+    fn prefetch<S: Simd>(&self, s: S, at: usize, n: usize);
 }
 
 /// Loads a square of up to `LANES` rows and columns, transposed: vector `j` holds column `j`. What lies outside is zero.

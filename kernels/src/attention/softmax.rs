@@ -46,7 +46,13 @@ impl<'a> Softmax<'a> {
             chains[0] = s.max(s.load(&row[at..]), chains[0]);
         }
         let block_most = s.max(s.max(chains[0], chains[1]), s.max(chains[2], chains[3]));
-        let block_most = s.mul(block_most, s.splat(factor));
+        self.lift(s, s.mul(block_most, s.splat(factor)), at);
+    }
+
+    /// Makes room for a block of keys whose greatest scores, as powers of two, are `block_most`.
+    #[inline(always)]
+    pub(super) fn lift<S: Simd>(&mut self, s: S, block_most: S::F, at: usize) {
+        let n = self.n;
         let most = s.load(&self.most[at..]);
         if s.any_lt(s.add(most, s.splat(HEADROOM)), block_most) {
             let higher = s.max(block_most, most);

@@ -3,8 +3,10 @@ use crate::reference::attention as reference;
 
 /// Every tier whose attention is a different one.
 fn tiers() -> Vec<Isa> {
-    let amx = Isa::Amx.is_available().then_some(Isa::Amx);
-    crate::simd::tests::tiers().into_iter().chain(amx).collect()
+    let mut tiers = crate::simd::tests::tiers();
+    let others = [Isa::AvxVnni, Isa::Avx512Vnni, Isa::Amx];
+    tiers.extend(others.into_iter().filter(|isa| isa.is_available()));
+    tiers
 }
 
 /// Uniform numbers with a standard deviation of `deviation`.
@@ -91,6 +93,11 @@ const EXACT: f64 = 3e-6;
 /// Relative error of bf16 products, and of bf16 outputs.
 const NARROW: f64 = 1e-2;
 
+/// Relative error of products of bytes, for scores with a deviation of 1: AVX2 has 7 bits of some.
+fn bytes_bound(isa: Isa) -> f64 {
+    if isa == Isa::Avx2 { 5e-2 } else { 3e-2 }
+}
+
 fn shape(batch: usize, nq: usize, nk: usize, heads: usize, d: usize) -> AttentionShape {
     AttentionShape { batch, nq, nk, heads, d }
 }
@@ -120,11 +127,88 @@ fn every_tier_agrees_with_the_reference() {
         let operands = Operands::new(shape, 5, 1.0);
         for isa in tiers() {
             for products in [Products::F32, Products::Bf16, Products::Int8] {
-                let bound = if products == Products::F32 { EXACT } else { NARROW };
+                let bound = match products {
+                    Products::F32 => EXACT,
+                    Products::Int8 if has_dot(isa) => bytes_bound(isa),
+                    _ => NARROW,
+                };
                 let e = operands.error(isa, &workers, Mask::None, products, false);
                 assert!(e <= bound, "{isa:?} {products:?} {shape:?}: {e}");
                 let e = operands.error(isa, &workers, Mask::Bias(&operands.bias), products, true);
                 assert!(e <= NARROW, "{isa:?} {products:?} {shape:?} with a bias: {e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn products_of_bytes_agree_with_the_reference() {
+    let workers = Workers::new(2);
+    let mut shapes = vec![shape(2, 100, 700, 2, 40)];
+    for nk in [255, 256, 257, 259, 260, 263, 264, 265, 383, 384, 385] {
+        shapes.push(shape(1, 25, nk, 1, 20));
+    }
+    for d in [1, 3, 4, 5, 8, 31, 32, 33, 40, 64, 80, 96, 128, 160, 253, 256, 257] {
+        shapes.push(shape(1, 49, 290, 1, d));
+    }
+    for shape in shapes {
+        let columns = shape.heads * shape.d;
+        for (sharpness, offset, narrow) in [(1.0, 0.0, true), (3.0, 0.0, false), (1.0, 10.0, false)] {
+            let mut operands = Operands::new(shape, 5, sharpness);
+            // Columns of K and V around numbers of their own.
+            let offsets = noise(columns, 9, offset);
+            for rows in [&mut operands.k, &mut operands.v] {
+                for row in rows.chunks_exact_mut(columns + 5) {
+                    row.iter_mut().zip(&offsets).for_each(|(x, offset)| *x += offset);
+                }
+            }
+            for isa in tiers().into_iter().filter(|&isa| has_dot(isa)) {
+                let e = operands.error(isa, &workers, Mask::None, Products::Int8, narrow);
+                let bound = bytes_bound(isa) * if sharpness > 1.0 { 2.0 } else { 1.0 };
+                assert!(e <= bound, "{isa:?} {shape:?} {sharpness} {offset}: {e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn products_of_bytes_want_no_more_memory() {
+    for nk in [256, 257, 300, 384, 385, 1024, 4096, 9216, 16384] {
+        for d in [1, 8, 12, 40, 64, 80, 128, 160, 256] {
+            for heads in [1, 2, 8, 16, 20] {
+                let shape = shape(2, nk, nk, heads, d);
+                for isa in tiers() {
+                    let [bytes, others] = [Products::Int8, Products::Bf16]
+                        .map(|products| workspace_bytes(&shape, isa, products, 2));
+                    assert!(bytes <= others, "{isa:?} {shape:?}: {bytes} for {others}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn weights_of_bytes_sum_to_one() {
+    let workers = Workers::new(1);
+    let shape = shape(1, 50, 700, 1, 32);
+    for growth in [-0.1, 0.0, 0.1] {
+        let mut operands = Operands::new(shape, 0, 30.0);
+        for (j, key) in operands.k.chunks_exact_mut(32).enumerate() {
+            key.iter_mut().for_each(|x| *x *= 70.0 + growth * j as f32);
+        }
+        operands
+            .v
+            .chunks_exact_mut(32)
+            .for_each(|v| v.iter_mut().enumerate().for_each(|(c, x)| *x = c as f32));
+        // Queries and keys of nothing but zeros, too.
+        operands.q[..64].fill(0.0);
+        for zeros in [false, true] {
+            if zeros {
+                operands.k.fill(0.0);
+            }
+            for isa in tiers().into_iter().filter(|&isa| has_dot(isa)) {
+                let e = operands.error(isa, &workers, Mask::None, Products::Int8, false);
+                assert!(e <= EXACT, "{isa:?} {growth} {zeros}: {e}");
             }
         }
     }
@@ -192,7 +276,7 @@ fn scores_far_from_zero_have_the_same_softmax() {
 
 #[test]
 fn threads_do_not_change_a_bit() {
-    let shape = shape(2, 100, 150, 3, 40);
+    let shape = shape(2, 100, 300, 3, 40);
     let operands = Operands::new(shape, 0, 2.0);
     for isa in tiers() {
         for products in [Products::F32, Products::Bf16, Products::Int8] {

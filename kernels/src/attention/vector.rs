@@ -142,6 +142,7 @@ impl<W: Write> SimdOp for Block<'_, W> {
         let (most, rest) = rest.split_at_mut(n);
         let sum = &mut rest[..n];
         self.head.prefetch(s, self.first, n);
+        self.head.prefetch_out(s, self.first, n, &self.out);
         self.head.load_transposed(s, self.first, n, q);
         let mut softmax = Softmax::new(most, sum, acc, n);
         for first in (0..self.head.keys_seen(self.first, n)).step_by(KEYS) {

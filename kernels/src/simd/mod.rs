@@ -4,6 +4,7 @@
 //! tier's type is a proof that the machine has its instructions, so the operations are safe; loads and stores take slices
 //! and check them. Everything on the way is `#[inline(always)]`, so that it ends up compiled for the tier.
 
+pub mod dot;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 pub(crate) mod scalar;

@@ -93,6 +93,8 @@ macro_rules! tier {
     }};
 }
 
+pub(super) mod dot;
+
 /// Eight lanes of ones and eight of zeros: a window of eight that starts at `8 - len` enables the first `len`.
 static MASK8: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
 

@@ -1,0 +1,154 @@
+//! Dot products of bytes, four to a lane, for the tiers that are faster at them than at f32.
+
+#![forbid(unsafe_code)]
+
+use super::Simd;
+#[cfg(target_arch = "x86_64")]
+use super::x86;
+use crate::Isa;
+
+/// Operations on vectors of [`Simd::LANES`] words, each an i32 or four bytes, beside the f32 of [`Dot::Vectors`].
+///
+/// Loads and stores move `LANES` words and panic on a shorter slice.
+pub trait Dot: Copy + Send + Sync + 'static {
+    /// The same number of f32 lanes.
+    type Vectors: Simd;
+    /// `LANES` words.
+    type Words: Copy;
+    /// The greatest unsigned byte that [`Dot::dot`] takes: 255, or 127 where pairs of products go through 16 bits.
+    const MOST: u8;
+
+    /// The tier's f32 vectors.
+    fn vectors(self) -> Self::Vectors;
+    /// All words `x`.
+    fn splat(self, x: u32) -> Self::Words;
+    /// Loads `LANES` words.
+    fn load(self, src: &[u32]) -> Self::Words;
+    /// Stores `LANES` words.
+    fn store(self, v: Self::Words, dst: &mut [u32]);
+    /// Word by word `sum` plus the four products of the bytes of `a`, unsigned and at most [`Dot::MOST`], and those of `b`,
+    /// signed and not -128. Sums wrap around.
+    fn dot(self, sum: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words;
+    /// Converts i32.
+    fn to_f32(self, v: Self::Words) -> <Self::Vectors as Simd>::F;
+    /// The f32 whose bits the words are.
+    fn as_f32(self, v: Self::Words) -> <Self::Vectors as Simd>::F;
+    /// Rounds to nearest even, and joins byte by byte numbers that round to 0 ..= 255.
+    fn pack(self, x: [<Self::Vectors as Simd>::F; 4]) -> Self::Words;
+    /// `MOST * 2^(x * factor)` for `x` up to 0 and a positive `factor`, within 0.4 %, and then as [`Dot::pack`]; 0 where the
+    /// power is far below 1.
+    fn powers(self, x: [<Self::Vectors as Simd>::F; 4], factor: <Self::Vectors as Simd>::F) -> Self::Words;
+}
+
+/// A computation written over [`Dot`]. `run` and what it calls should be `#[inline(always)]`.
+pub trait DotOp {
+    /// Runs on the tier of `d`.
+    fn run<D: Dot>(self, d: D);
+}
+
+/// Whether `isa` has a [`Dot`]. AMX has better.
+pub const fn has_dot(isa: Isa) -> bool {
+    matches!(isa, Isa::Avx2 | Isa::AvxVnni | Isa::Avx512Vnni)
+}
+
+/// Runs `op` compiled for the dot products of `isa`.
+///
+/// # Panics
+/// Where the machine does not have `isa`, or [`has_dot`] says no.
+pub fn dispatch_dot<O: DotOp>(isa: Isa, op: O) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => x86::dot::run_avx2(op),
+        #[cfg(target_arch = "x86_64")]
+        Isa::AvxVnni => x86::dot::run_avxvnni(op),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Vnni => x86::dot::run_avx512vnni(op),
+        _ => {
+            drop(op);
+            panic!("{isa:?} has no dot products of bytes")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Contract;
+
+    impl DotOp for Contract {
+        fn run<D: Dot>(self, d: D) {
+            let s = d.vectors();
+            let n = D::Vectors::LANES;
+            let words = |v: D::Words| {
+                let mut out = vec![0; n];
+                d.store(v, &mut out);
+                out
+            };
+            let floats = |v: <D::Vectors as Simd>::F| {
+                let mut out = vec![0.0; n];
+                s.store(v, &mut out);
+                out
+            };
+            // Bytes of all sizes, with the extremes among them.
+            let most = i32::from(D::MOST);
+            for round in 0..500usize {
+                let byte = |i: usize, low: i32, high: i32| match (round + i) % 3 {
+                    0 => low,
+                    1 => high,
+                    _ => low + ((i * 7919 + round * 104_729) >> 3) as i32 % (high - low + 1),
+                };
+                let a: Vec<[i32; 4]> =
+                    (0..n).map(|i| std::array::from_fn(|j| byte(4 * i + j, 0, most))).collect();
+                let b: Vec<[i32; 4]> =
+                    (0..n).map(|i| std::array::from_fn(|j| byte(5 * i + 3 * j + 1, -127, 127))).collect();
+                let join = |x: &[[i32; 4]]| -> Vec<u32> {
+                    x.iter().map(|x| u32::from_le_bytes(x.map(|x| x as u8))).collect()
+                };
+                let want: Vec<u32> = (a.iter().zip(&b))
+                    .map(|(a, b)| {
+                        (0..4).map(|j| a[j] * b[j]).sum::<i32>().wrapping_add(round as i32 - 9) as u32
+                    })
+                    .collect();
+                let got = d.dot(d.splat((round as i32 - 9) as u32), d.load(&join(&a)), d.load(&join(&b)));
+                assert_eq!(words(got), want);
+                let columns: [_; 4] =
+                    std::array::from_fn(|j| s.load(&a.iter().map(|a| a[j] as f32 + 0.4).collect::<Vec<_>>()));
+                assert_eq!(words(d.pack(columns)), join(&a));
+            }
+            let numbers: Vec<u32> = (0..n as u32).map(|i| i.wrapping_sub(3).wrapping_mul(1 << 20)).collect();
+            let want: Vec<f32> = numbers.iter().map(|&x| x as i32 as f32).collect();
+            assert_eq!(floats(d.to_f32(d.load(&numbers))), want);
+            let bits: Vec<u32> = want.iter().map(|x| x.to_bits()).collect();
+            assert_eq!(floats(d.as_f32(d.load(&bits))), want);
+            // From the greatest power down to what rounds to 0.
+            for i in 0..40_000 {
+                let x: [f32; 4] = std::array::from_fn(|j| -(i as f32 + j as f32 * 0.25));
+                let factor = 10.0 / 40_000.0;
+                for bytes in words(d.powers(x.map(|x| s.splat(x)), s.splat(factor))) {
+                    for (x, got) in x.into_iter().zip(bytes.to_le_bytes()) {
+                        let want = f64::from(D::MOST) * f64::from(x * factor).exp2();
+                        assert!(
+                            (f64::from(got) - want).abs() <= 0.501 + 4e-3 * want,
+                            "{x}: {got} for {want}"
+                        );
+                    }
+                }
+            }
+            for x in [-300.0, -1e5, -1e30] {
+                assert_eq!(words(d.powers([s.splat(x); 4], s.splat(1.0))), vec![0; n], "{x}");
+            }
+            assert_eq!(
+                words(d.powers([s.splat(0.0); 4], s.splat(3.0))),
+                vec![u32::from_le_bytes([D::MOST; 4]); n]
+            );
+        }
+    }
+
+    #[test]
+    fn every_tier_keeps_the_contract() {
+        for &isa in Isa::available().iter().filter(|&&isa| has_dot(isa)) {
+            dispatch_dot(isa, Contract);
+        }
+    }
+}
