@@ -2,6 +2,8 @@
 //! can be written is kept in L1, as f32; others are made in one sweep.
 #![forbid(unsafe_code)]
 
+use std::ops::Range;
+
 use crate::bf16;
 use crate::gemm::Activation;
 use crate::math::SiluPieces;
@@ -79,8 +81,9 @@ impl SimdOp for Chunk<'_> {
         let mut waiting = [Row::default(); ROWS];
         let most = (KEPT / width.max(1)).clamp(1, ROWS);
         let rows = self.out.len() / stride.max(1);
+        let mut pixels = image.pixels_from(self.first);
         for i in 0..=rows {
-            let place = if i < rows { image.pixel(self.first + i) } else { None };
+            let place = if i < rows { pixels.next().flatten() } else { None };
             let other = place.is_some_and(|(b, _)| b != image_of_columns);
             if ready == most || ready > 0 && (other || i == rows) {
                 let columns = Affine { factor, offset };
@@ -101,9 +104,7 @@ impl SimdOp for Chunk<'_> {
                 continue;
             };
             if other {
-                if !matches!(norm, Norm::None) || joined.is_some() {
-                    set_columns::<S>(&source, norm, joined, b, [factor, offset], kept);
-                }
+                set_columns::<S>(&source, norm, joined, b, [factor, offset], kept);
                 image_of_columns = b;
             }
             waiting[ready] = Row { row: i, pixel, ..Row::default() };
@@ -125,6 +126,7 @@ fn set_columns<S: Simd>(
     let columns = source.columns();
     let natural = &mut scratch[..columns];
     match norm {
+        Norm::None if factors.is_none() => {}
         Norm::None => {
             natural.fill(1.0);
             set::<S>(source, factors, natural, factor);
@@ -168,7 +170,7 @@ fn set<S: Simd>(source: &Source<'_>, factors: Option<&[f32]>, natural: &mut [f32
 }
 
 /// The channels of each group of `size`, with its mean and reciprocal standard deviation.
-fn natural_groups(stats: &[f32], size: usize) -> impl Iterator<Item = (std::ops::Range<usize>, [f32; 2])> {
+fn natural_groups(stats: &[f32], size: usize) -> impl Iterator<Item = (Range<usize>, [f32; 2])> {
     stats.as_chunks().0.iter().enumerate().map(move |(g, &stats)| (g * size..(g + 1) * size, stats))
 }
 
@@ -187,35 +189,35 @@ impl Maker<'_> {
         if let Norming::Layer { eps, .. } = self.norming {
             self.standardize(s, rows, eps);
         }
-        let slack = |row: &Row| row.row * stride + self.source.columns()..(row.row + 1) * stride;
+        let columns = self.source.columns();
         match out {
             OperandMut::U8 { codes, scale } => {
-                rows.iter().for_each(|row| codes[slack(row)].fill(128));
+                fill_slack(codes, rows, columns..stride, 128);
                 self.write_scaled(s, rows, kept, codes, scale, stride);
             }
             OperandMut::U8Uniform { codes, images } => {
-                rows.iter().for_each(|row| codes[slack(row)].fill(128));
+                fill_slack(codes, rows, columns..stride, 128);
                 let Coding { scale, zero } = images[b];
                 let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
                 let shift = (zero - 128) as f32;
                 if 254.0 * scale >= PIECES_RANGE
-                    && let Some((columns, pieces)) = self.pieces::<S>()
+                    && let Some((affine, pieces)) = self.pieces::<S>()
                 {
                     // They make codes at once.
                     let pieces = pieces.scaled(inverse, shift);
                     let sink = Rounded { codes, stride };
-                    self.sweep(s, rows, AffineSilu(columns, &pieces), sink);
+                    self.sweep(s, rows, AffineSilu(affine, &pieces), sink);
                 } else {
                     rows.iter_mut().for_each(|row| row.inverse = inverse);
                     self.make(s, rows, true, kept, Codes { codes, stride, shift });
                 }
             }
             OperandMut::Bf16(out) => {
-                rows.iter().for_each(|row| out[slack(row)].fill(bf16::ZERO));
+                fill_slack(out, rows, columns..stride, bf16::ZERO);
                 self.make(s, rows, true, kept, Elements { out, stride });
             }
             OperandMut::F32(out) => {
-                rows.iter().for_each(|row| out[slack(row)].fill(0.0));
+                fill_slack(out, rows, columns..stride, 0.0);
                 self.make(s, rows, false, kept, Elements { out, stride });
             }
         }
@@ -342,6 +344,15 @@ impl Maker<'_> {
     }
 }
 
+/// Fills columns `slack` of `rows`, whose stride is where they end.
+fn fill_slack<T: Copy>(out: &mut [T], rows: &[Row], slack: Range<usize>, x: T) {
+    if !slack.is_empty() {
+        for row in rows {
+            out[row.row * slack.end..][slack.clone()].fill(x);
+        }
+    }
+}
+
 impl ImageShape {
     /// The image of operand row `row`.
     #[inline(always)]
@@ -349,14 +360,24 @@ impl ImageShape {
         row / (self.full_h() * self.full_w())
     }
 
-    /// The image and the source pixel that operand row `row` holds, none on the border.
+    /// The images and the source pixels that the operand rows from `first` on hold, none on the border.
     #[inline(always)]
-    fn pixel(&self, row: usize) -> Option<(usize, usize)> {
+    fn pixels_from(self, first: usize) -> impl Iterator<Item = Option<(usize, usize)>> {
         let (full_h, full_w) = (self.full_h(), self.full_w());
-        let (line, x) = (row / full_w, row % full_w);
-        let (b, y) = (line / full_h, line % full_h);
-        let (y, x) = (y.wrapping_sub(self.border.top), x.wrapping_sub(self.border.left));
-        (y < self.h && x < self.w).then(|| (b, (b * self.h + y) * self.w + x))
+        let (line, mut x) = (first / full_w, first % full_w);
+        let (mut b, mut y) = (line / full_h, line % full_h);
+        std::iter::repeat_with(move || {
+            let (row, column) = (y.wrapping_sub(self.border.top), x.wrapping_sub(self.border.left));
+            let pixel = (row < self.h && column < self.w).then(|| (b, (b * self.h + row) * self.w + column));
+            x += 1;
+            if x == full_w {
+                (x, y) = (0, y + 1);
+            }
+            if y == full_h {
+                (y, b) = (0, b + 1);
+            }
+            pixel
+        })
     }
 }
 

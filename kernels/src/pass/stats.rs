@@ -224,11 +224,31 @@ struct Moments<'a> {
     scratch: &'a mut [f32],
 }
 
+impl Source<'_> {
+    /// The mean of up to four of columns `first .. first + n` of a row.
+    #[inline(always)]
+    fn sample(&self, row: usize, first: usize, n: usize) -> f32 {
+        let at = |mut column: usize| {
+            for (part, c) in self.parts.iter().flatten() {
+                if column < *c {
+                    return match part {
+                        Rows::F32(part) => part[row * c + column],
+                        Rows::Bf16(part) => part[row * c + column].to_f32(),
+                    };
+                }
+                column -= c;
+            }
+            0.0
+        };
+        0.25 * ((at(first) + at(first + n / 4)) + (at(first + n / 2) + at(first + n * 3 / 4)))
+    }
+}
+
 impl SimdOp for Moments<'_> {
     type Output = ();
 
-    /// Sums over [`PIXELS`] pixels at a time, per channel, of the differences to the mean of its group in the first of them:
-    /// these are small where the mean is far from zero.
+    /// Sums over [`PIXELS`] pixels at a time, per channel, of the differences to a sample of its group in the first of them: these
+    /// are small where the mean is far from zero.
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let columns = self.source.columns();
@@ -245,16 +265,8 @@ impl SimdOp for Moments<'_> {
         let last = self.rows.end;
         for first in self.rows.step_by(PIXELS) {
             let n = PIXELS.min(last - first);
-            for (start, part) in self.source.row(first) {
-                let natural = &mut natural[start..start + part.len()];
-                match part {
-                    Rows::F32(part) => natural.copy_from_slice(part),
-                    Rows::Bf16(part) => natural.iter_mut().zip(part).for_each(|(x, y)| *x = y.to_f32()),
-                }
-            }
-            for group in natural.chunks_exact_mut(size) {
-                let mean = group.iter().sum::<f32>() / size as f32;
-                group.fill(mean);
+            for (g, group) in natural.chunks_exact_mut(size).enumerate() {
+                group.fill(self.source.sample(first, g * size, size));
             }
             arrange::<S>(&self.source, natural, shift);
             sum.fill(0.0);
@@ -276,21 +288,21 @@ impl SimdOp for Moments<'_> {
                 }
             }
             let shifts = natural.iter().step_by(size);
-            restore::<S>(&self.source, sum, shift);
-            restore::<S>(&self.source, squares, sum);
+            restore(s, &self.source, sum, shift);
+            restore(s, &self.source, squares, sum);
             let sums = shift.chunks_exact(size).zip(sum.chunks_exact(size));
             let count = (n * size) as f64;
             for ((out, &k), (sums, squares)) in
                 self.moments.as_chunks_mut::<2>().0.iter_mut().zip(shifts).zip(sums)
             {
-                let total = |x: &[f32]| x.iter().map(|&x| f64::from(x)).sum::<f64>();
-                let (k, sum) = (f64::from(k), total(sums));
+                let [sum, squares] = [sums, squares].map(|x| f64::from(x.iter().sum::<f32>()));
+                let k = f64::from(k);
                 out[0] += count * k + sum;
-                out[1] += (count * k + 2.0 * sum) * k + total(squares);
+                out[1] += (count * k + 2.0 * sum) * k + squares;
             }
         }
-        restore::<S>(&self.source, least, sum);
-        restore::<S>(&self.source, most, squares);
+        restore(s, &self.source, least, sum);
+        restore(s, &self.source, most, squares);
         for (range, (&least, &most)) in self.ranges.iter_mut().zip(sum.iter().zip(&*squares)) {
             *range = [least, most];
         }

@@ -65,7 +65,7 @@ pub(super) fn arrange<S: Simd>(source: &Source<'_>, from: &[f32], to: &mut [f32]
 
 /// The inverse of [`arrange`].
 #[inline(always)]
-pub(super) fn restore<S: Simd>(source: &Source<'_>, from: &[f32], to: &mut [f32]) {
+pub(super) fn restore<S: Simd>(s: S, source: &Source<'_>, from: &[f32], to: &mut [f32]) {
     let (mut start, mut at) = (0, 0);
     for (rows, columns) in source.parts.iter().flatten() {
         let to = &mut to[start..start + columns];
@@ -76,11 +76,12 @@ pub(super) fn restore<S: Simd>(source: &Source<'_>, from: &[f32], to: &mut [f32]
             to.copy_from_slice(&from[..to.len()]);
             continue;
         }
-        for (to, from) in to.chunks_mut(2 * S::LANES).zip(from.chunks_exact(2 * S::LANES)) {
-            let (even, odd) = from.split_at(S::LANES);
-            for (i, to) in to.iter_mut().enumerate() {
-                *to = if i % 2 == 0 { even[i / 2] } else { odd[i / 2] };
+        for (to, from) in to.chunks_mut(S::BLOCK).zip(from.chunks_exact(S::BLOCK)) {
+            let (block, mut all) = (s.join(f32::load_block(s, from)), [0.0; MAX_BLOCK]);
+            for (v, all) in block.into_iter().zip(all.chunks_exact_mut(S::LANES)) {
+                s.store(v, all);
             }
+            to.copy_from_slice(&all[..to.len()]);
         }
     }
 }

@@ -560,14 +560,17 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         tier!({
             let (a, b) = (_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
             let (c, d) = (_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
-            let bytes = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
-            // Within 128 bits, four elements of each vector.
-            let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
             let signed = if split {
-                let pairs = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+                let high = _mm512_set1_epi32(0xffff_0000u32 as i32);
+                // odd << 16 where `high`, else even
+                let ab = _mm512_ternarylogic_epi32::<0xca>(high, _mm512_slli_epi32::<16>(b), a);
+                let cd = _mm512_ternarylogic_epi32::<0xca>(high, _mm512_slli_epi32::<16>(d), c);
                 let order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-                _mm512_permutexvar_epi64(order, _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(pairs)))
+                _mm512_permutexvar_epi64(order, _mm512_packs_epi16(ab, cd))
             } else {
+                let bytes = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+                // Within 128 bits, four elements of each vector.
+                let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
                 _mm512_permutexvar_epi32(order, bytes)
             };
             let codes =
