@@ -4,7 +4,7 @@
 use std::sync::LazyLock;
 
 use crate::gemm::Activation;
-use crate::simd::Simd;
+use crate::simd::{BLOCK_VECTORS, Block, Simd};
 
 /// `c[0] + c[1] x + c[2] x^2 + ...`
 #[inline(always)]
@@ -76,6 +76,7 @@ pub fn silu_coarse<S: Simd>(s: S, x: S::F) -> S::F {
 
 /// `scale * x * sigmoid(x) + shift`, for tiers that look up numbers fast: a parabola for each [`SiluPieces::WIDTH`] of x.
 #[derive(Clone, Copy, Debug)]
+#[repr(align(64))]
 pub struct SiluPieces {
     /// Of `1`, `x` and `x^2` around the multiples 0 to 15 and -16 to -1 of the width.
     coefficients: [[f32; 32]; 3],
@@ -129,17 +130,32 @@ impl SiluPieces {
         SiluPieces { coefficients }
     }
 
-    /// The function of a vector.
+    /// The function of a block, step by step for all of its vectors: their chains of operations are too long to be followed one
+    /// after the other.
     #[inline(always)]
-    pub fn of<S: Simd>(&self, s: S, x: S::F) -> S::F {
+    pub fn of<S: Simd>(&self, s: S, x: Block<S::F>) -> Block<S::F> {
         /// `1.5 * 2^23`: an integer that is added to it stands in the last bits.
         const ROUND: f32 = 12_582_912.0;
         const INVERSE: f32 = 1.0 / SiluPieces::WIDTH as f32;
-        let near = s.limit(x, s.splat(SiluPieces::LAST as f32 * SiluPieces::WIDTH as f32));
-        let piece = s.fma(near, s.splat(INVERSE), s.splat(ROUND));
+        let end = s.splat(SiluPieces::LAST as f32 * SiluPieces::WIDTH as f32);
         let [a, b, c] = &self.coefficients;
-        let y = s.fma(s.lookup(c, piece), x, s.lookup(b, piece));
-        s.fma(y, x, s.lookup(a, piece))
+        let (mut piece, mut y) = (x, x);
+        for piece in &mut piece {
+            *piece = s.limit(*piece, end);
+        }
+        for piece in &mut piece {
+            *piece = s.fma(*piece, s.splat(INVERSE), s.splat(ROUND));
+        }
+        for (y, piece) in y.iter_mut().zip(piece) {
+            *y = s.lookup(c, piece);
+        }
+        for i in 0..BLOCK_VECTORS {
+            y[i] = s.fma(y[i], x[i], s.lookup(b, piece[i]));
+        }
+        for i in 0..BLOCK_VECTORS {
+            y[i] = s.fma(y[i], x[i], s.lookup(a, piece[i]));
+        }
+        y
     }
 }
 
@@ -323,7 +339,7 @@ mod tests {
                 #[inline(always)]
                 fn run<S: Simd>(self, s: S) {
                     for c in self.0.chunks_exact_mut(S::LANES) {
-                        s.store(SiluPieces::get().of(s, s.load(c)), c);
+                        s.store(SiluPieces::get().of(s, [s.load(c); BLOCK_VECTORS])[0], c);
                     }
                 }
             }

@@ -157,11 +157,7 @@ pub(super) struct AffineSilu<'a>(pub(super) Affine<'a>, pub(super) &'a SiluPiece
 impl Function for AffineSilu<'_> {
     #[inline(always)]
     fn apply<S: Simd>(&self, s: S, x: Block<S::F>, row: &Row, at: usize) -> Block<S::F> {
-        let mut x = self.0.apply(s, x, row, at);
-        for x in &mut x {
-            *x = self.1.of(s, *x);
-        }
-        x
+        self.1.of(s, self.0.apply(s, x, row, at))
     }
 }
 
