@@ -33,6 +33,11 @@ impl Lines {
     pub fn get(&self) -> &[u8] {
         &bytemuck::cast_slice(&self.lines)[..self.len]
     }
+
+    /// The bytes, to be written.
+    pub fn get_mut(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+    }
 }
 
 /// `rows` as the left operand of a kernel of these types; u8 rows take a scale each from `scale`.

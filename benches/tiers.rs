@@ -16,7 +16,7 @@ use kernels::par::Shared;
 use kernels::pass::{Norm, Recipe, Source, group_codings, group_stats, operand_pass, stats_len, sums_len};
 use kernels::view::{Border, Coding, ImageShape, OperandMut, Rows};
 use kernels::{Isa, Workers};
-use sdfast_benches::noise;
+use sdfast_benches::{Lines, noise};
 
 /// m, n, k.
 const LINEAR: [(usize, usize, usize); 8] = [
@@ -32,7 +32,7 @@ const LINEAR: [(usize, usize, usize); 8] = [
 /// Side, outputs and inputs.
 const CONV: [(usize, usize); 3] = [(64, 320), (32, 640), (16, 1280)];
 /// Images, side, channels.
-const PASSES: [(usize, usize, usize); 3] = [(2, 64, 320), (2, 32, 640), (2, 16, 1280)];
+const PASSES: [(usize, usize, usize); 4] = [(2, 64, 320), (2, 32, 640), (2, 16, 1280), (1, 64, 1280)];
 
 fn main() {
     let quick = std::env::args().any(|arg| arg == "--quick");
@@ -62,38 +62,56 @@ fn main() {
             say(&format!("| {} | {name} | {gops:.0} | {ratio:.2} | {four} | {threads:.2} |", kernel.name));
         }
     }
-    say("\n| pass, bf16 in, one thread | size | GB/s read and written | of a copy |\n|---|---|--:|--:|");
+    say("\n| pass, one thread | input | GB/s read and written | of a copy of the input |\n|---|---|--:|--:|");
     for size in if quick { &PASSES[..1] } else { &PASSES[..] } {
-        passes(&one, *size, time);
+        let x = noise(size.0 * size.1 * size.1 * size.2);
+        let half: Vec<bf16> = x.iter().map(|&x| bf16::from_f32(x)).collect();
+        passes(&one, *size, "bf16", &Lines::of(bytemuck::cast_slice(&half)), time);
+        passes(&one, *size, "f32", &Lines::of(bytemuck::cast_slice(&x)), time);
     }
 }
 
-/// Rates of what writes the operands of an image of `size`.
-fn passes(workers: &Workers, (batch, side, channels): (usize, usize, usize), time: Duration) {
+/// Rates of what writes the operands of an image of `size`, whose elements are `x`.
+///
+/// All buffers begin at a line of the cache, as those of an arena do, and are in the level of the cache that has room for them:
+/// input and output of a pass for the pass, the input and its copy for the copy.
+fn passes(
+    workers: &Workers,
+    (batch, side, channels): (usize, usize, usize),
+    ty: &str,
+    x: &Lines,
+    time: Duration,
+) {
     let isa = Isa::detect();
     let image =
         ImageShape { batch, h: side, w: side, border: Border { top: 1, left: 1, bottom: 1, right: 1 } };
     let rows = ImageShape::rows(image.pixels());
     let n = image.pixels() * channels;
     let stride = channels.next_multiple_of(64);
-    let x: Vec<bf16> = noise(n).iter().map(|&x| bf16::from_f32(x)).collect();
-    let source = Source::one(Rows::Bf16(&x), channels);
+    let bytes = x.get().len();
+    let input = if bytes == 2 * n {
+        Rows::Bf16(bytemuck::cast_slice(x.get()))
+    } else {
+        Rows::F32(bytemuck::cast_slice(x.get()))
+    };
+    let source = Source::one(input, channels);
     let (gamma, beta) = (vec![1.1f32; channels], vec![0.1f32; channels]);
     let groups = 32;
     let mut sums = vec![0f64; sums_len(&image, groups, channels)];
     let mut stats = vec![0f32; batch * stats_len(groups, channels)];
-    let mut codes = vec![0u8; image.operand_rows() * stride];
+    let mut codes = Lines::new(image.operand_rows() * stride, 0);
+    let codes = codes.get_mut();
     let mut scale = vec![0f32; image.operand_rows()];
     let mut codings = vec![Coding { scale: 1.0, zero: 0 }; batch];
-    let size = format!("{batch} x {side} x {side} x {channels}");
+    let size = format!("{batch} x {side} x {side} x {channels} {ty}");
 
-    let (mut copy, half) = (vec![bf16::ZERO; n], n / 2);
+    let (mut copy, half) = (Lines::new(bytes, 0), bytes / 2);
     let copied = {
-        let to = Shared::new(&mut copy);
-        rate(4 * n, time, || {
+        let to = Shared::new(copy.get_mut());
+        rate(2 * bytes, time, || {
             workers.for_each(2, |i, _| {
                 // SAFETY: each task has its own part.
-                unsafe { to.slice(i * half, half) }.copy_from_slice(&x[i * half..(i + 1) * half]);
+                unsafe { to.slice(i * half, half) }.copy_from_slice(&x.get()[i * half..(i + 1) * half]);
             });
         })
     };
@@ -103,7 +121,7 @@ fn passes(workers: &Workers, (batch, side, channels): (usize, usize, usize), tim
     line("copy", copied);
     line(
         "group norm, statistics",
-        rate(2 * n, time, || {
+        rate(bytes, time, || {
             group_stats(workers, isa, source, image, groups, 1e-5, &mut sums, &mut stats);
         }),
     );
@@ -112,23 +130,26 @@ fn passes(workers: &Workers, (batch, side, channels): (usize, usize, usize), tim
     group_codings(silu, &mut codings);
     line(
         "group norm, SiLU, u8 image",
-        rate(3 * n, time, || {
-            let out = OperandMut::U8Uniform { codes: &mut codes, images: &codings };
+        rate(bytes + n, time, || {
+            let out = OperandMut::U8Uniform { codes, images: &codings };
             operand_pass(workers, isa, source, image, silu, out, stride);
         }),
     );
-    line(
-        "layer norm, u8 rows",
-        rate(3 * n, time, || {
-            let norm = Norm::Layer { gamma: &gamma, beta: &beta, eps: 1e-5 };
-            let plain = Recipe { norm, activation: Activation::None, factors: None };
-            let out = OperandMut::U8 {
-                codes: &mut codes[..rows.operand_rows() * stride],
-                scale: &mut scale[..rows.operand_rows()],
-            };
-            operand_pass(workers, isa, source, rows, plain, out, stride);
-        }),
-    );
+    let layer = Norm::Layer { gamma: &gamma, beta: &beta, eps: 1e-5 };
+    for (name, image, recipe) in [
+        ("group norm, SiLU, u8 rows", image, silu),
+        ("layer norm, u8 rows", rows, Recipe::new(layer, Activation::None)),
+        ("u8 rows", rows, Recipe::new(Norm::None, Activation::None)),
+    ] {
+        let m = image.operand_rows();
+        line(
+            name,
+            rate(bytes + n, time, || {
+                let out = OperandMut::U8 { codes: &mut codes[..m * stride], scale: &mut scale[..m] };
+                operand_pass(workers, isa, source, image, recipe, out, stride);
+            }),
+        );
+    }
 }
 
 /// A line for whoever waits.

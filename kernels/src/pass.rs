@@ -2,12 +2,13 @@
 
 mod rows;
 mod stats;
+mod sweep;
 
 use bytemuck::cast_slice_mut;
 
 use crate::gemm::Activation;
 use crate::par::{SCRATCH_BYTES, Shared};
-use crate::simd::dispatch;
+use crate::simd::{MAX_BLOCK, dispatch};
 use crate::view::{ImageShape, OperandMut, Rows, RowsMut};
 use crate::{Isa, Workers};
 use rows::Chunk;
@@ -85,7 +86,7 @@ impl<'a> Recipe<'a> {
 }
 
 /// The most columns a pass takes: it keeps a few rows of f32 in a worker's scratch memory.
-pub const MAX_COLUMNS: usize = SCRATCH_BYTES / 4 / rows::SCRATCH_ROWS;
+pub const MAX_COLUMNS: usize = SCRATCH_BYTES / 4 / rows::SCRATCH_ROWS - 2 * MAX_BLOCK;
 
 /// Elements that one task of a pass handles, about: enough to hide the cost of starting it.
 const TASK_ELEMENTS: usize = 32 * 1024;

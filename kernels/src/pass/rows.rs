@@ -1,20 +1,37 @@
-//! What one task of a pass does: row by row from the source to the output, through a row of f32 in L1.
+//! What one task of a pass does: some rows at a time from the source to the output. A row whose scale must be known before it
+//! can be written is kept in L1, as f32; others are made in one sweep.
 #![forbid(unsafe_code)]
+
+use std::ops::Range;
 
 use crate::bf16;
 use crate::gemm::Activation;
-use crate::math;
-use crate::simd::{Element, MAX_LANES, Simd, SimdOp};
+use crate::math::SiluPieces;
+use crate::simd::{Simd, SimdOp};
 use crate::view::{Coding, ImageShape, OperandMut, Rows};
 
 use super::stats::stats_len;
-use super::{Norm, Recipe, Walk};
+use super::sweep::{
+    Activate, Affine, AffineSilu, Codes, Elements, Function, Keep, Most, Rounded, Row, Same, Sink, Standard,
+    Sums, Sweep, SweepKept, arrange, width,
+};
+use super::{Norm, Recipe, Source, Walk};
 
-/// Rows of f32 that a task keeps in scratch memory.
-pub(super) const SCRATCH_ROWS: usize = 5;
+/// Rows of f32, filled up to whole blocks, that fit into a task's scratch memory.
+pub(super) const SCRATCH_ROWS: usize = 6;
 
-/// How many bytes ahead of a sweep memory is asked for: about two pages, which hardware does not look beyond.
-pub(super) const AHEAD: usize = 4096;
+/// Rows that are made together, so that what waits for a whole row waits for all of them at once.
+const ROWS: usize = 16;
+
+/// Elements of the rows that are kept: half of L1.
+const KEPT: usize = 6 * 1024;
+
+/// The least magnitude that gets a scale: a row of smaller numbers is a row of zeros.
+const LEAST: f32 = 1e-30;
+
+/// SiLU is made of pieces where the numbers that 8 bits span are in a range at least this wide: their error is then less than a
+/// ninth of a step.
+const PIECES_RANGE: f32 = 2200.0 * SiluPieces::ERROR;
 
 /// Some output rows of a pass.
 pub(super) struct Chunk<'a> {
@@ -26,50 +43,312 @@ pub(super) struct Chunk<'a> {
     pub(super) scratch: &'a mut [f32],
 }
 
+/// What is done to a row before the activation, but for what depends on the row.
+#[derive(Clone, Copy)]
+enum Norming<'a> {
+    Same,
+    Affine(Affine<'a>),
+    Layer { columns: Affine<'a>, eps: f32 },
+}
+
+/// How rows are made of pixels of `source`.
+#[derive(Clone, Copy)]
+struct Maker<'a> {
+    source: Source<'a>,
+    norming: Norming<'a>,
+    activation: Activation,
+    /// That are left to be multiplied behind the activation.
+    factors: Option<&'a [f32]>,
+}
+
 impl SimdOp for Chunk<'_> {
     type Output = ();
 
-    /// A row is written after the next one was read: the reduction to its scale then costs no waiting.
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let Walk { source, image, recipe: Recipe { norm, activation, factors }, stride } = self.walk;
-        let columns = source.columns();
-        let (even, rest) = self.scratch.split_at_mut(columns);
-        let (odd, rest) = rest.split_at_mut(columns);
-        let (factor, rest) = rest.split_at_mut(columns);
-        let offset = &mut rest[..columns];
-        let activation = Function::new(activation, &self.out);
-        let mut image_of_factors = usize::MAX;
-        let mut waiting = None;
+        let width = width::<S>(&source);
+        let (factor, rest) = self.scratch.split_at_mut(width);
+        let (offset, rest) = rest.split_at_mut(width);
+        let (times, kept) = rest.split_at_mut(width);
+        // Where nothing lies between, norm and factors are one.
+        let joined = factors.filter(|_| activation == Activation::None);
+        let factors = factors.filter(|_| activation != Activation::None).map(|factors| {
+            arrange::<S>(&source, factors, times);
+            &*times
+        });
+        let (mut image_of_columns, mut ready) = (usize::MAX, 0);
+        let mut waiting = [Row::default(); ROWS];
+        let most = (KEPT / width.max(1)).clamp(1, ROWS);
         let rows = self.out.len() / stride.max(1);
+        let mut pixels = image.pixels_from(self.first);
         for i in 0..=rows {
-            let (row, earlier) = if i % 2 == 0 { (&mut *even, &*odd) } else { (&mut *odd, &*even) };
-            let mut made = None;
-            if i < rows {
-                match image.pixel(self.first + i) {
-                    None => self.out.zero_row(i, stride, image.image(self.first + i)),
-                    Some((b, pixel)) => {
-                        if let Norm::Group { stats, groups, gamma, beta } = norm
-                            && image_of_factors != b
-                        {
-                            group_factors(
-                                &stats[b * stats_len(groups, columns)..][..2 * groups],
-                                gamma,
-                                beta,
-                                factor,
-                                offset,
-                            );
-                            image_of_factors = b;
-                        }
-                        let most = read_row(s, source.row(pixel), norm, (factor, offset), activation, row);
-                        made = Some((factors.map_or(most, |factors| multiply(s, row, factors)), b));
-                    }
+            let place = if i < rows { pixels.next().flatten() } else { None };
+            let other = place.is_some_and(|(b, _)| b != image_of_columns);
+            if ready == most || ready > 0 && (other || i == rows) {
+                let columns = Affine { factor, offset };
+                let norming = match norm {
+                    Norm::None if joined.is_none() => Norming::Same,
+                    Norm::None | Norm::Group { .. } => Norming::Affine(columns),
+                    Norm::Layer { eps, .. } => Norming::Layer { columns, eps },
+                };
+                let maker = Maker { source, norming, activation, factors };
+                maker.write(s, &mut waiting[..ready], image_of_columns, kept, &mut self.out, stride);
+                ready = 0;
+            }
+            if i == rows {
+                break;
+            }
+            let Some((b, pixel)) = place else {
+                self.out.zero_row(i, stride, image.image(self.first + i));
+                continue;
+            };
+            if other {
+                set_columns::<S>(&source, norm, joined, b, [factor, offset], kept);
+                image_of_columns = b;
+            }
+            waiting[ready] = Row { row: i, pixel, ..Row::default() };
+            ready += 1;
+        }
+    }
+}
+
+/// The numbers that columns of image `b` are multiplied by and that are added to them; `scratch` has a row.
+#[inline(always)]
+fn set_columns<S: Simd>(
+    source: &Source<'_>,
+    norm: Norm<'_>,
+    factors: Option<&[f32]>,
+    b: usize,
+    [factor, offset]: [&mut [f32]; 2],
+    scratch: &mut [f32],
+) {
+    let columns = source.columns();
+    let natural = &mut scratch[..columns];
+    match norm {
+        Norm::None if factors.is_none() => {}
+        Norm::None => {
+            natural.fill(1.0);
+            set::<S>(source, factors, natural, factor);
+            natural.fill(0.0);
+            set::<S>(source, factors, natural, offset);
+        }
+        Norm::Group { stats, groups, gamma, beta } => {
+            let stats = &stats[b * stats_len(groups, columns)..][..2 * groups];
+            let size = columns / groups;
+            let parts = || natural_groups(stats, size);
+            for (range, [_, rstd]) in parts() {
+                for (x, gamma) in natural[range.clone()].iter_mut().zip(&gamma[range]) {
+                    *x = rstd * gamma;
                 }
             }
-            if let Some((most, image)) = waiting {
-                write_row(s, earlier, most, image, &mut self.out, i - 1, stride);
+            set::<S>(source, factors, natural, factor);
+            for (range, [mean, rstd]) in parts() {
+                let columns = gamma[range.clone()].iter().zip(&beta[range.clone()]);
+                for (x, (gamma, beta)) in natural[range].iter_mut().zip(columns) {
+                    *x = beta - mean * (rstd * gamma);
+                }
             }
-            waiting = made;
+            set::<S>(source, factors, natural, offset);
+        }
+        Norm::Layer { gamma, beta, .. } => {
+            natural.copy_from_slice(gamma);
+            set::<S>(source, factors, natural, factor);
+            natural.copy_from_slice(beta);
+            set::<S>(source, factors, natural, offset);
+        }
+    }
+}
+
+/// Arranges `natural`, multiplied by `factors`.
+#[inline(always)]
+fn set<S: Simd>(source: &Source<'_>, factors: Option<&[f32]>, natural: &mut [f32], to: &mut [f32]) {
+    if let Some(factors) = factors {
+        natural.iter_mut().zip(factors).for_each(|(x, f)| *x *= f);
+    }
+    arrange::<S>(source, natural, to);
+}
+
+/// The channels of each group of `size`, with its mean and reciprocal standard deviation.
+fn natural_groups(stats: &[f32], size: usize) -> impl Iterator<Item = (Range<usize>, [f32; 2])> {
+    stats.as_chunks().0.iter().enumerate().map(move |(g, &stats)| (g * size..(g + 1) * size, stats))
+}
+
+impl Maker<'_> {
+    /// Writes `rows` of image `b`, with zeros up to `stride`.
+    #[inline(always)]
+    fn write<S: Simd>(
+        &self,
+        s: S,
+        rows: &mut [Row],
+        b: usize,
+        kept: &mut [f32],
+        out: &mut OperandMut<'_>,
+        stride: usize,
+    ) {
+        if let Norming::Layer { eps, .. } = self.norming {
+            self.standardize(s, rows, eps);
+        }
+        let columns = self.source.columns();
+        match out {
+            OperandMut::U8 { codes, scale } => {
+                fill_slack(codes, rows, columns..stride, 128);
+                self.write_scaled(s, rows, kept, codes, scale, stride);
+            }
+            OperandMut::U8Uniform { codes, images } => {
+                fill_slack(codes, rows, columns..stride, 128);
+                let Coding { scale, zero } = images[b];
+                let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+                let shift = (zero - 128) as f32;
+                if 254.0 * scale >= PIECES_RANGE
+                    && let Some((affine, pieces)) = self.pieces::<S>()
+                {
+                    // They make codes at once.
+                    let pieces = pieces.scaled(inverse, shift);
+                    let sink = Rounded { codes, stride };
+                    self.sweep(s, rows, AffineSilu(affine, &pieces), sink);
+                } else {
+                    rows.iter_mut().for_each(|row| row.inverse = inverse);
+                    self.make(s, rows, true, kept, Codes { codes, stride, shift });
+                }
+            }
+            OperandMut::Bf16(out) => {
+                fill_slack(out, rows, columns..stride, bf16::ZERO);
+                self.make(s, rows, true, kept, Elements { out, stride });
+            }
+            OperandMut::F32(out) => {
+                fill_slack(out, rows, columns..stride, 0.0);
+                self.make(s, rows, false, kept, Elements { out, stride });
+            }
+        }
+    }
+
+    /// Writes `rows` with a scale each.
+    #[inline(always)]
+    fn write_scaled<S: Simd>(
+        &self,
+        s: S,
+        rows: &mut [Row],
+        kept: &mut [f32],
+        codes: &mut [u8],
+        scale: &mut [f32],
+        stride: usize,
+    ) {
+        let width = width::<S>(&self.source);
+        let mut most = [0.0; ROWS];
+        let most = &mut most[..rows.len()];
+        // Where nothing is done to rows, they are read twice instead of kept.
+        let bare = matches!(self.norming, Norming::Same) && self.activation == Activation::None;
+        if bare {
+            self.sweep(s, rows, Same, Most(most));
+        } else {
+            if let Some((columns, pieces)) = self.pieces::<S>() {
+                let sink = Keep { kept: &mut *kept, width, most: &mut *most };
+                self.sweep(s, rows, AffineSilu(columns, pieces), sink);
+            }
+            if most.iter().any(|&most| most < PIECES_RANGE) {
+                most.fill(0.0);
+                self.keep(s, rows, true, Keep { kept: &mut *kept, width, most: &mut *most });
+            }
+        }
+        for (row, &mut most) in rows.iter_mut().zip(most) {
+            (row.inverse, scale[row.row]) =
+                if most < LEAST { (0.0, 0.0) } else { (127.0 / most, most / 127.0) };
+        }
+        let sink = Codes { codes, stride, shift: 0.0 };
+        if bare {
+            self.sweep(s, rows, Same, sink);
+        } else {
+            s.outline(SweepKept { source: &self.source, rows, kept, width, sink });
+        }
+    }
+
+    /// The norm and SiLU of pieces, where these are what rows of 8 bits are made of.
+    #[inline(always)]
+    fn pieces<S: Simd>(&self) -> Option<(Affine<'_>, &'static SiluPieces)> {
+        match self.norming {
+            Norming::Affine(columns)
+                if S::LOOKS_UP && self.factors.is_none() && self.activation == Activation::Silu =>
+            {
+                Some((columns, SiluPieces::get()))
+            }
+            _ => None,
+        }
+    }
+
+    /// Hands `rows` to `sink`, whose output is `coarse`; by way of `kept` where there is an activation.
+    #[inline(always)]
+    fn make<S: Simd>(&self, s: S, rows: &[Row], coarse: bool, kept: &mut [f32], sink: impl Sink) {
+        if self.activation == Activation::None {
+            return self.normalize(s, rows, sink);
+        }
+        let width = width::<S>(&self.source);
+        let mut most = [0.0; ROWS];
+        self.keep(s, rows, coarse, Keep { kept: &mut *kept, width, most: &mut most[..rows.len()] });
+        s.outline(SweepKept { source: &self.source, rows, kept, width, sink });
+    }
+
+    /// Keeps `rows` for an output that is `coarse`.
+    #[inline(always)]
+    fn keep<S: Simd>(&self, s: S, rows: &[Row], coarse: bool, to: Keep<'_>) {
+        let Keep { kept, width, most } = to;
+        self.normalize(s, rows, Keep { kept: &mut *kept, width, most: &mut *most });
+        let &Maker { activation, factors, .. } = self;
+        if activation != Activation::None {
+            s.outline(Activate { rows: Keep { kept, width, most }, activation, coarse, factors });
+        }
+    }
+
+    /// Hands `rows` to `sink` as they are before the activation.
+    #[inline(always)]
+    fn normalize<S: Simd>(&self, s: S, rows: &[Row], sink: impl Sink) {
+        match self.norming {
+            Norming::Same => self.sweep(s, rows, Same, sink),
+            Norming::Affine(columns) => self.sweep(s, rows, columns, sink),
+            Norming::Layer { columns, .. } => self.sweep(s, rows, Standard(columns), sink),
+        }
+    }
+
+    #[inline(always)]
+    fn sweep<S: Simd>(&self, s: S, rows: &[Row], function: impl Function, sink: impl Sink) {
+        s.outline(Sweep { source: &self.source, rows, function, sink });
+    }
+
+    /// Means and deviations of `rows`.
+    #[inline(always)]
+    fn standardize<S: Simd>(&self, s: S, rows: &mut [Row], eps: f32) {
+        /// Where the mean square is this many times the variance, it is too inexact to be made from the sums.
+        const FAR: f32 = 4.0;
+        let mut sums = [[0.0; 2]; ROWS];
+        self.sweep(s, rows, Same, Sums(&mut sums[..rows.len()]));
+        let n = self.source.columns() as f32;
+        for (row, [sum, squares]) in rows.iter_mut().zip(sums) {
+            let (mean, square) = (sum / n, squares / n);
+            let mut variance = square - mean * mean;
+            if square > FAR * variance {
+                variance = self.squares(row.pixel, mean) / n;
+            }
+            let rstd = 1.0 / (variance + eps).sqrt();
+            row.standard = [rstd, -mean * rstd];
+        }
+    }
+
+    /// The sum of `(x - mean)^2` over a row of the source.
+    fn squares(&self, pixel: usize, mean: f32) -> f32 {
+        let square = |x: f32| f64::from(x - mean) * f64::from(x - mean);
+        let parts = self.source.row(pixel).map(|(_, part)| match part {
+            Rows::F32(part) => part.iter().map(|&x| square(x)).sum::<f64>(),
+            Rows::Bf16(part) => part.iter().map(|x| square(x.to_f32())).sum(),
+        });
+        parts.sum::<f64>() as f32
+    }
+}
+
+/// Fills columns `slack` of `rows`, whose stride is where they end.
+fn fill_slack<T: Copy>(out: &mut [T], rows: &[Row], slack: Range<usize>, x: T) {
+    if !slack.is_empty() {
+        for row in rows {
+            out[row.row * slack.end..][slack.clone()].fill(x);
         }
     }
 }
@@ -81,14 +360,24 @@ impl ImageShape {
         row / (self.full_h() * self.full_w())
     }
 
-    /// The image and the source pixel that operand row `row` holds, none on the border.
+    /// The images and the source pixels that the operand rows from `first` on hold, none on the border.
     #[inline(always)]
-    fn pixel(&self, row: usize) -> Option<(usize, usize)> {
+    fn pixels_from(self, first: usize) -> impl Iterator<Item = Option<(usize, usize)>> {
         let (full_h, full_w) = (self.full_h(), self.full_w());
-        let (line, x) = (row / full_w, row % full_w);
-        let (b, y) = (line / full_h, line % full_h);
-        let (y, x) = (y.wrapping_sub(self.border.top), x.wrapping_sub(self.border.left));
-        (y < self.h && x < self.w).then(|| (b, (b * self.h + y) * self.w + x))
+        let (line, mut x) = (first / full_w, first % full_w);
+        let (mut b, mut y) = (line / full_h, line % full_h);
+        std::iter::repeat_with(move || {
+            let (row, column) = (y.wrapping_sub(self.border.top), x.wrapping_sub(self.border.left));
+            let pixel = (row < self.h && column < self.w).then(|| (b, (b * self.h + row) * self.w + column));
+            x += 1;
+            if x == full_w {
+                (x, y) = (0, y + 1);
+            }
+            if y == full_h {
+                (y, b) = (0, b + 1);
+            }
+            pixel
+        })
     }
 }
 
@@ -115,353 +404,4 @@ impl OperandMut<'_> {
             OperandMut::F32(out) => out[i * stride..(i + 1) * stride].fill(0.0),
         }
     }
-}
-
-/// `factor[c] = rstd * gamma[c]` and `offset[c] = beta[c] - mean * factor[c]`.
-fn group_factors(stats: &[f32], gamma: &[f32], beta: &[f32], factor: &mut [f32], offset: &mut [f32]) {
-    let size = gamma.len() / (stats.len() / 2);
-    for (g, stats) in stats.chunks_exact(2).enumerate() {
-        for c in g * size..(g + 1) * size {
-            factor[c] = stats[1] * gamma[c];
-            offset[c] = beta[c] - stats[0] * factor[c];
-        }
-    }
-}
-
-/// An activation as exact as its output.
-#[derive(Clone, Copy)]
-enum Function {
-    Identity,
-    Silu,
-    SiluCoarse,
-    /// The rarer ones have a loop of their own.
-    Other(Activation),
-}
-
-impl Function {
-    fn new(activation: Activation, out: &OperandMut<'_>) -> Self {
-        match activation {
-            Activation::None => Function::Identity,
-            Activation::Silu if matches!(out, OperandMut::F32(_)) => Function::Silu,
-            Activation::Silu => Function::SiluCoarse,
-            other => Function::Other(other),
-        }
-    }
-}
-
-/// A function of a vector, known when its loop is compiled.
-trait Map: Copy {
-    fn of<S: Simd>(self, s: S, x: S::F) -> S::F;
-}
-
-#[derive(Clone, Copy)]
-struct Identity;
-
-#[derive(Clone, Copy)]
-struct Silu;
-
-#[derive(Clone, Copy)]
-struct SiluCoarse;
-
-impl Map for Identity {
-    #[inline(always)]
-    fn of<S: Simd>(self, _: S, x: S::F) -> S::F {
-        x
-    }
-}
-
-impl Map for Silu {
-    #[inline(always)]
-    fn of<S: Simd>(self, s: S, x: S::F) -> S::F {
-        math::silu(s, x)
-    }
-}
-
-impl Map for SiluCoarse {
-    #[inline(always)]
-    fn of<S: Simd>(self, s: S, x: S::F) -> S::F {
-        math::silu_coarse(s, x)
-    }
-}
-
-impl Map for Activation {
-    #[inline(always)]
-    fn of<S: Simd>(self, s: S, x: S::F) -> S::F {
-        self.apply(s, x)
-    }
-}
-
-/// The numbers of a row before the activation: `x[i]`, or `x[i] * factor[i] + offset[i]`.
-trait Affine: Copy {
-    /// The part from column `start` on, `len` columns.
-    fn slice(self, start: usize, len: usize) -> Self;
-    fn apply<S: Simd>(self, s: S, x: S::F, i: usize) -> S::F;
-    fn apply_partial<S: Simd>(self, s: S, x: S::F, i: usize) -> S::F;
-}
-
-#[derive(Clone, Copy)]
-struct Plain;
-
-impl Affine for Plain {
-    #[inline(always)]
-    fn slice(self, _: usize, _: usize) -> Self {
-        self
-    }
-    #[inline(always)]
-    fn apply<S: Simd>(self, _: S, x: S::F, _: usize) -> S::F {
-        x
-    }
-    #[inline(always)]
-    fn apply_partial<S: Simd>(self, _: S, x: S::F, _: usize) -> S::F {
-        x
-    }
-}
-
-impl Affine for (&[f32], &[f32]) {
-    #[inline(always)]
-    fn slice(self, start: usize, len: usize) -> Self {
-        (&self.0[start..start + len], &self.1[start..start + len])
-    }
-    #[inline(always)]
-    fn apply<S: Simd>(self, s: S, x: S::F, i: usize) -> S::F {
-        s.fma(x, s.load(&self.0[i..i + S::LANES]), s.load(&self.1[i..i + S::LANES]))
-    }
-    #[inline(always)]
-    fn apply_partial<S: Simd>(self, s: S, x: S::F, i: usize) -> S::F {
-        s.fma(x, s.load_partial(&self.0[i..]), s.load_partial(&self.1[i..]))
-    }
-}
-
-/// What a sweep over a row finds, lane by lane.
-#[derive(Clone, Copy)]
-struct Found<F> {
-    /// The greatest magnitude.
-    most: F,
-    /// The sum.
-    sum: F,
-}
-
-/// Writes `activation(norm(parts))` to `row`; returns the greatest magnitudes, lane by lane.
-#[inline(always)]
-fn read_row<'a, S: Simd>(
-    s: S,
-    parts: impl Iterator<Item = (usize, Rows<'a>)>,
-    norm: Norm<'_>,
-    factors: (&[f32], &[f32]),
-    activation: Function,
-    row: &mut [f32],
-) -> S::F {
-    let most = match (norm, activation) {
-        (Norm::Layer { gamma, beta, eps }, _) => {
-            let sum = s.sum(sweep(s, parts, Plain, Identity, row).sum);
-            layer_norm(s, row, sum, gamma, beta, eps)
-        }
-        (Norm::Group { .. }, Function::Silu) => sweep(s, parts, factors, Silu, row).most,
-        (Norm::Group { .. }, Function::SiluCoarse) => sweep(s, parts, factors, SiluCoarse, row).most,
-        (Norm::Group { .. }, _) => sweep(s, parts, factors, Identity, row).most,
-        (Norm::None, _) => sweep(s, parts, Plain, Identity, row).most,
-    };
-    match (norm, activation) {
-        (_, Function::Identity) | (Norm::Group { .. }, Function::Silu | Function::SiluCoarse) => most,
-        (_, Function::Silu) => activate(s, row, Silu),
-        (_, Function::SiluCoarse) => activate(s, row, SiluCoarse),
-        (_, Function::Other(activation)) => activate(s, row, activation),
-    }
-}
-
-/// `row = f(affine(parts))`
-#[inline(always)]
-fn sweep<'a, S: Simd>(
-    s: S,
-    parts: impl Iterator<Item = (usize, Rows<'a>)>,
-    affine: impl Affine,
-    f: impl Map,
-    row: &mut [f32],
-) -> Found<S::F> {
-    let mut found = Found { most: s.splat(0.0), sum: s.splat(0.0) };
-    for (start, part) in parts {
-        let row = &mut row[start..start + part.len()];
-        let affine = affine.slice(start, part.len());
-        found = match part {
-            Rows::F32(part) => sweep_part(s, part, affine, f, row, found),
-            Rows::Bf16(part) => sweep_part(s, part, affine, f, row, found),
-        };
-    }
-    found
-}
-
-#[inline(always)]
-fn sweep_part<S: Simd, T: Element>(
-    s: S,
-    src: &[T],
-    affine: impl Affine,
-    f: impl Map,
-    row: &mut [f32],
-    mut found: Found<S::F>,
-) -> Found<S::F> {
-    let n = src.len();
-    let row = &mut row[..n];
-    let mut i = 0;
-    while i + S::LANES <= n {
-        s.prefetch(&src[i..i + S::LANES], AHEAD);
-        let y = f.of(s, affine.apply(s, T::load(s, &src[i..i + S::LANES]), i));
-        s.store(y, &mut row[i..i + S::LANES]);
-        found = Found { most: s.max(s.abs(y), found.most), sum: s.add(y, found.sum) };
-        i += S::LANES;
-    }
-    if i < n {
-        // The lanes past the end hold f(0) = 0.
-        let y = f.of(s, affine.apply_partial(s, T::load_partial(s, &src[i..]), i));
-        s.store_partial(y, &mut row[i..]);
-        found = Found { most: s.max(s.abs(y), found.most), sum: s.add(y, found.sum) };
-    }
-    found
-}
-
-/// `row = f(row)`; returns the greatest magnitudes, lane by lane.
-#[inline(always)]
-fn activate<S: Simd>(s: S, row: &mut [f32], f: impl Map) -> S::F {
-    let (n, mut i, mut most) = (row.len(), 0, s.splat(0.0));
-    while i + S::LANES <= n {
-        let y = f.of(s, s.load(&row[i..i + S::LANES]));
-        s.store(y, &mut row[i..i + S::LANES]);
-        most = s.max(s.abs(y), most);
-        i += S::LANES;
-    }
-    if i < n {
-        let y = f.of(s, s.load_partial(&row[i..]));
-        s.store_partial(y, &mut row[i..]);
-        most = s.max(s.abs(y), most);
-    }
-    most
-}
-
-/// `row *= factors`; returns the greatest magnitudes, lane by lane.
-#[inline(always)]
-fn multiply<S: Simd>(s: S, row: &mut [f32], factors: &[f32]) -> S::F {
-    let (n, mut i, mut most) = (row.len(), 0, s.splat(0.0));
-    let factors = &factors[..n];
-    while i + S::LANES <= n {
-        let y = s.mul(s.load(&row[i..i + S::LANES]), s.load(&factors[i..i + S::LANES]));
-        s.store(y, &mut row[i..i + S::LANES]);
-        most = s.max(s.abs(y), most);
-        i += S::LANES;
-    }
-    if i < n {
-        let y = s.mul(s.load_partial(&row[i..]), s.load_partial(&factors[i..]));
-        s.store_partial(y, &mut row[i..]);
-        most = s.max(s.abs(y), most);
-    }
-    most
-}
-
-/// The sum of squares of `row - mean`, in four chains.
-#[inline(always)]
-fn squares<S: Simd>(s: S, row: &[f32], mean: f32) -> f32 {
-    let shift = s.splat(mean);
-    let mut sums = [s.splat(0.0); 4];
-    let mut blocks = row.chunks_exact(4 * S::LANES);
-    for block in &mut blocks {
-        for (sum, x) in sums.iter_mut().zip(block.chunks_exact(S::LANES)) {
-            let x = s.sub(s.load(x), shift);
-            *sum = s.fma(x, x, *sum);
-        }
-    }
-    let mut padded = [mean; 4 * MAX_LANES];
-    let rest = blocks.remainder();
-    padded[..rest.len()].copy_from_slice(rest);
-    for (sum, x) in sums.iter_mut().zip(padded.chunks_exact(S::LANES)).take(rest.len().div_ceil(S::LANES)) {
-        let x = s.sub(s.load(x), shift);
-        *sum = s.fma(x, x, *sum);
-    }
-    s.sum(s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3])))
-}
-
-/// Layer norm in place of a row whose sum is known; returns the greatest magnitudes, lane by lane.
-#[inline(always)]
-fn layer_norm<S: Simd>(s: S, row: &mut [f32], sum: f32, gamma: &[f32], beta: &[f32], eps: f32) -> S::F {
-    let n = row.len();
-    let (gamma, beta) = (&gamma[..n], &beta[..n]);
-    let mean = sum / n as f32;
-    let variance = squares(s, row, mean) / n as f32;
-    let (mean, rstd) = (s.splat(mean), s.splat(1.0 / (variance + eps).sqrt()));
-    let (mut i, mut most) = (0, s.splat(0.0));
-    while i + S::LANES <= n {
-        let end = i + S::LANES;
-        let x = s.mul(s.sub(s.load(&row[i..end]), mean), rstd);
-        let y = s.fma(x, s.load(&gamma[i..end]), s.load(&beta[i..end]));
-        s.store(y, &mut row[i..end]);
-        most = s.max(s.abs(y), most);
-        i = end;
-    }
-    if i < n {
-        let x = s.mul(s.sub(s.load_partial(&row[i..]), mean), rstd);
-        // Where gamma and beta end, so does y.
-        let y = s.fma(x, s.load_partial(&gamma[i..]), s.load_partial(&beta[i..]));
-        s.store_partial(y, &mut row[i..]);
-        most = s.max(s.abs(y), most);
-    }
-    most
-}
-
-/// The least magnitude that gets a scale: a row of smaller numbers is a row of zeros.
-const LEAST: f32 = 1e-30;
-
-/// Writes output row `i`, a pixel of `image`: `row`, then zeros up to `stride`.
-#[inline(always)]
-fn write_row<S: Simd>(
-    s: S,
-    row: &[f32],
-    most: S::F,
-    image: usize,
-    out: &mut OperandMut<'_>,
-    i: usize,
-    stride: usize,
-) {
-    match out {
-        OperandMut::U8 { codes, scale } => {
-            let most = s.max_lane(most);
-            let (inverse, step) = if most < LEAST { (0.0, 0.0) } else { (127.0 / most, most / 127.0) };
-            scale[i] = step;
-            write_codes(s, row, inverse, 128, &mut codes[i * stride..(i + 1) * stride]);
-        }
-        OperandMut::U8Uniform { codes, images } => {
-            let Coding { scale, zero } = images[image];
-            let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-            write_codes(s, row, inverse, zero, &mut codes[i * stride..(i + 1) * stride]);
-        }
-        OperandMut::Bf16(out) => {
-            let (out, slack) = out[i * stride..(i + 1) * stride].split_at_mut(row.len());
-            let mut src = row.chunks_exact(S::LANES);
-            let mut dst = out.chunks_exact_mut(S::LANES);
-            for (x, y) in (&mut src).zip(&mut dst) {
-                s.store_bf16(s.load(x), y);
-            }
-            if !src.remainder().is_empty() {
-                s.store_bf16_partial(s.load_partial(src.remainder()), dst.into_remainder());
-            }
-            slack.fill(bf16::ZERO);
-        }
-        OperandMut::F32(out) => {
-            let (out, slack) = out[i * stride..(i + 1) * stride].split_at_mut(row.len());
-            out.copy_from_slice(row);
-            slack.fill(0.0);
-        }
-    }
-}
-
-#[inline(always)]
-fn write_codes<S: Simd>(s: S, row: &[f32], inverse: f32, zero: i32, codes: &mut [u8]) {
-    let (codes, slack) = codes.split_at_mut(row.len());
-    let (inverse, shift) = (s.splat(inverse), s.splat((zero - 128) as f32));
-    let mut src = row.chunks_exact(S::LANES);
-    let mut dst = codes.chunks_exact_mut(S::LANES);
-    for (x, y) in (&mut src).zip(&mut dst) {
-        s.store_codes(s.fma(s.load(x), inverse, shift), y);
-    }
-    if !src.remainder().is_empty() {
-        let x = s.fma(s.load_partial(src.remainder()), inverse, shift);
-        s.store_codes_partial(x, dst.into_remainder());
-    }
-    slack.fill(128);
 }

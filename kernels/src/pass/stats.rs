@@ -2,14 +2,14 @@
 
 use std::ops::Range;
 
-use bytemuck::cast_slice_mut;
+use bytemuck::{cast_slice, cast_slice_mut};
 
 use crate::Isa;
 use crate::par::{Shared, Workers};
-use crate::simd::{Element, Simd, SimdOp, dispatch};
+use crate::simd::{Element, MAX_BLOCK, Simd, SimdOp, dispatch};
 use crate::view::{Coding, ImageShape, Rows};
 
-use super::rows::AHEAD;
+use super::sweep::{AHEAD, arrange, filled, restore, width};
 use super::{Norm, Recipe, Source};
 use crate::gemm::Activation;
 
@@ -53,9 +53,14 @@ fn chunk_pixels(image: &ImageShape) -> usize {
 }
 
 /// How many numbers [`group_sums`] writes: for each image and chunk of pixels the sum and the sum of squares of each group, then
-/// least and greatest element of each channel.
+/// least and greatest element of each channel, a pair of f32 in the place of a number.
 pub fn sums_len(image: &ImageShape, groups: usize, channels: usize) -> usize {
-    image.batch * (image.h * image.w).div_ceil(chunk_pixels(image)) * stats_len(groups, channels)
+    image.batch * (image.h * image.w).div_ceil(chunk_pixels(image)) * chunk_len(groups, channels)
+}
+
+/// The numbers that [`group_sums`] writes of a chunk.
+const fn chunk_len(groups: usize, channels: usize) -> usize {
+    2 * groups + channels
 }
 
 /// Image rows that [`group_sums`] can be called with at a time are multiples of this, but for the last.
@@ -95,12 +100,12 @@ pub fn group_sums(
     let parts = Shared::new(sums);
     workers.for_each(image.batch * here.len(), |task, scratch| {
         let (at, c) = (task / here.len(), here.start + task % here.len());
-        let each = stats_len(groups, columns);
+        let each = chunk_len(groups, columns);
         // SAFETY: each task has its own part.
         let sums = unsafe { parts.slice((at * chunks + c) * each, each) };
         let (moments, ranges) = sums.split_at_mut(2 * groups);
         moments.fill(0.0);
-        ranges.as_chunks_mut().0.fill([f64::INFINITY, f64::NEG_INFINITY]);
+        let ranges = cast_slice_mut(ranges);
         let base = at * part;
         let rows = base + c * chunk - first..base + ((c + 1) * chunk).min(end) - first;
         dispatch(isa, Moments { source, rows, moments, ranges, scratch: cast_slice_mut(scratch) });
@@ -119,26 +124,28 @@ pub fn group_finish(
     sums: &[f64],
     stats: &mut [f32],
 ) {
-    let each = stats_len(groups, channels);
+    let (each, chunk) = (stats_len(groups, channels), chunk_len(groups, channels));
     assert_eq!(sums.len(), sums_len(&image, groups, channels), "sums of {image:?} in {groups} groups");
     assert_eq!(stats.len(), image.batch * each, "statistics of {} x {groups} groups", image.batch);
     let count = (image.h * image.w * (channels / groups)) as f64;
-    let chunks = sums.len() / (image.batch * each).max(1);
-    for (stats, chunks) in stats.chunks_exact_mut(each).zip(sums.chunks_exact(chunks.max(1) * each)) {
-        for g in 0..groups {
-            let parts = chunks.chunks_exact(each).map(|c| (c[2 * g], c[2 * g + 1]));
+    let chunks = sums.len() / (image.batch * chunk).max(1);
+    for (stats, chunks) in stats.chunks_exact_mut(each).zip(sums.chunks_exact(chunks.max(1) * chunk)) {
+        let (moments, ranges) = stats.split_at_mut(2 * groups);
+        for (g, stats) in moments.as_chunks_mut().0.iter_mut().enumerate() {
+            let parts = chunks.chunks_exact(chunk).map(|c| (c[2 * g], c[2 * g + 1]));
             let (sum, squares) = parts.fold((0.0, 0.0), |(s, q), (sum, squares)| (s + sum, q + squares));
             let mean = sum / count;
             let variance = (squares / count - mean * mean).max(0.0);
-            stats[2 * g] = mean as f32;
-            stats[2 * g + 1] = (1.0 / (variance + f64::from(eps)).sqrt()) as f32;
+            *stats = [mean as f32, (1.0 / (variance + f64::from(eps)).sqrt()) as f32];
         }
-        for at in (2 * groups..each).step_by(2) {
-            let parts = chunks.chunks_exact(each).map(|c| (c[at], c[at + 1]));
-            let (least, most) = parts.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, m), (least, most)| {
-                (least.min(l), most.max(m))
-            });
-            (stats[at], stats[at + 1]) = (least as f32, most as f32);
+        let ranges = ranges.as_chunks_mut().0;
+        ranges.fill([f32::INFINITY, f32::NEG_INFINITY]);
+        for chunk in chunks.chunks_exact(chunk) {
+            let parts: &[[f32; 2]] = cast_slice(&chunk[2 * groups..]);
+            for ([least, most], &[low, high]) in ranges.iter_mut().zip(parts) {
+                *least = if low < *least { low } else { *least };
+                *most = if high > *most { high } else { *most };
+            }
         }
     }
 }
@@ -206,77 +213,106 @@ fn bound(activation: Activation, y: f32) -> f32 {
     }
 }
 
-/// Adds `rows` to what is known of groups and channels.
+/// Adds `rows` to the sums of groups, and finds the ranges of channels.
 struct Moments<'a> {
     source: Source<'a>,
     rows: std::ops::Range<usize>,
     /// `[groups, 2]`: sum, sum of squares.
     moments: &'a mut [f64],
     /// `[channels, 2]`: least, greatest.
-    ranges: &'a mut [f64],
+    ranges: &'a mut [[f32; 2]],
     scratch: &'a mut [f32],
+}
+
+impl Source<'_> {
+    /// The mean of up to four of columns `first .. first + n` of a row.
+    #[inline(always)]
+    fn sample(&self, row: usize, first: usize, n: usize) -> f32 {
+        let at = |mut column: usize| {
+            for (part, c) in self.parts.iter().flatten() {
+                if column < *c {
+                    return match part {
+                        Rows::F32(part) => part[row * c + column],
+                        Rows::Bf16(part) => part[row * c + column].to_f32(),
+                    };
+                }
+                column -= c;
+            }
+            0.0
+        };
+        0.25 * ((at(first) + at(first + n / 4)) + (at(first + n / 2) + at(first + n * 3 / 4)))
+    }
 }
 
 impl SimdOp for Moments<'_> {
     type Output = ();
 
-    /// Sums over [`PIXELS`] pixels at a time, per channel, of the differences to the first of them: these are small where
-    /// the mean is far from zero.
+    /// Sums over [`PIXELS`] pixels at a time, per channel, of the differences to a sample of its group in the first of them: these
+    /// are small where the mean is far from zero.
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let columns = self.source.columns();
         let size = columns / (self.moments.len() / 2);
-        let (shift, rest) = self.scratch.split_at_mut(columns);
-        let (sum, rest) = rest.split_at_mut(columns);
-        let (squares, rest) = rest.split_at_mut(columns);
-        let (least, rest) = rest.split_at_mut(columns);
-        let most = &mut rest[..columns];
+        let width = width::<S>(&self.source);
+        let (shift, rest) = self.scratch.split_at_mut(width);
+        let (sum, rest) = rest.split_at_mut(width);
+        let (squares, rest) = rest.split_at_mut(width);
+        let (least, rest) = rest.split_at_mut(width);
+        let (most, natural) = rest.split_at_mut(width);
+        let natural = &mut natural[..columns];
         least.fill(f32::INFINITY);
         most.fill(f32::NEG_INFINITY);
         let last = self.rows.end;
         for first in self.rows.step_by(PIXELS) {
             let n = PIXELS.min(last - first);
+            for (g, group) in natural.chunks_exact_mut(size).enumerate() {
+                group.fill(self.source.sample(first, g * size, size));
+            }
+            arrange::<S>(&self.source, natural, shift);
             sum.fill(0.0);
             squares.fill(0.0);
-            let mut start = 0;
+            let mut at = 0;
             for (part, c) in self.source.parts.into_iter().flatten() {
-                let range = start..start + c;
-                start += c;
+                let range = at..at + filled::<S>(c);
+                at = range.end;
                 let channels = Channels {
-                    shift: &mut shift[range.clone()],
+                    shift: &shift[range.clone()],
                     sum: &mut sum[range.clone()],
                     squares: &mut squares[range.clone()],
                     least: &mut least[range.clone()],
                     most: &mut most[range],
                 };
                 match part.slice(first * c..(first + n) * c) {
-                    Rows::F32(pixels) => channels.add_all(s, pixels),
-                    Rows::Bf16(pixels) => channels.add_all(s, pixels),
+                    Rows::F32(pixels) => channels.add_all(s, pixels, c),
+                    Rows::Bf16(pixels) => channels.add_all(s, pixels, c),
                 }
             }
-            for (g, out) in self.moments.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-                let (mut total, mut total_squares) = (0.0, 0.0);
-                for c in g * size..(g + 1) * size {
-                    let (k, sum, squares) = (f64::from(shift[c]), f64::from(sum[c]), f64::from(squares[c]));
-                    total += n as f64 * k + sum;
-                    total_squares += (n as f64 * k + 2.0 * sum) * k + squares;
-                }
-                out[0] += total;
-                out[1] += total_squares;
+            let shifts = natural.iter().step_by(size);
+            restore(s, &self.source, sum, shift);
+            restore(s, &self.source, squares, sum);
+            let sums = shift.chunks_exact(size).zip(sum.chunks_exact(size));
+            let count = (n * size) as f64;
+            for ((out, &k), (sums, squares)) in
+                self.moments.as_chunks_mut::<2>().0.iter_mut().zip(shifts).zip(sums)
+            {
+                let [sum, squares] = [sums, squares].map(|x| f64::from(x.iter().sum::<f32>()));
+                let k = f64::from(k);
+                out[0] += count * k + sum;
+                out[1] += (count * k + 2.0 * sum) * k + squares;
             }
         }
-        for (range, (&least, &most)) in
-            self.ranges.as_chunks_mut::<2>().0.iter_mut().zip(least.iter().zip(&*most))
-        {
-            *range = [range[0].min(f64::from(least)), range[1].max(f64::from(most))];
+        restore(s, &self.source, least, sum);
+        restore(s, &self.source, most, squares);
+        for (range, (&least, &most)) in self.ranges.iter_mut().zip(sum.iter().zip(&*squares)) {
+            *range = [least, most];
         }
     }
 }
 
-/// Running sums of some channels.
+/// Running sums of some channels, filled up to whole blocks.
 struct Channels<'a> {
     /// What is subtracted first.
-    shift: &'a mut [f32],
+    shift: &'a [f32],
     sum: &'a mut [f32],
     squares: &'a mut [f32],
     least: &'a mut [f32],
@@ -284,74 +320,64 @@ struct Channels<'a> {
 }
 
 impl Channels<'_> {
-    /// Adds `[pixels, channels]`.
+    /// Adds `[pixels, c]`.
     #[inline(always)]
-    fn add_all<S: Simd, T: Element>(mut self, s: S, pixels: &[T]) {
-        let c = self.shift.len();
+    fn add_all<S: Simd, T: Element>(mut self, s: S, pixels: &[T], c: usize) {
         if c == 0 {
             return;
         }
-        let mut i = 0;
-        while i < c {
-            let end = c.min(i + S::LANES);
-            if end == i + S::LANES {
-                s.store(T::load(s, &pixels[i..end]), &mut self.shift[i..end]);
-            } else {
-                s.store_partial(T::load_partial(s, &pixels[i..end]), &mut self.shift[i..end]);
-            }
-            i = end;
-        }
         let mut steps = pixels.chunks_exact(STEP * c);
         for step in &mut steps {
-            self.add::<S, T, STEP>(s, step);
+            self.add::<S, T, STEP>(s, step, c);
         }
         for pixel in steps.remainder().chunks_exact(c) {
-            self.add::<S, T, 1>(s, pixel);
+            self.add::<S, T, 1>(s, pixel, c);
         }
     }
 
-    /// Adds `[N, channels]`.
+    /// Adds `[N, c]`.
     #[inline(always)]
-    fn add<S: Simd, T: Element, const N: usize>(&mut self, s: S, pixels: &[T]) {
-        let c = self.shift.len();
+    fn add<S: Simd, T: Element, const N: usize>(&mut self, s: S, pixels: &[T], c: usize) {
         let pixels: [&[T]; N] = std::array::from_fn(|p| &pixels[p * c..(p + 1) * c]);
-        let (shift, sum, squares) = (&self.shift[..c], &mut self.sum[..c], &mut self.squares[..c]);
-        let (least, most) = (&mut self.least[..c], &mut self.most[..c]);
-        let mut i = 0;
-        while i + S::LANES <= c {
-            let end = i + S::LANES;
-            let k = s.load(&shift[i..end]);
-            let (mut a, mut b) = (s.load(&sum[i..end]), s.load(&squares[i..end]));
-            let (mut low, mut high) = (s.load(&least[i..end]), s.load(&most[i..end]));
+        let step = 2 * S::LANES;
+        let whole = c - c % step;
+        for i in (0..whole).step_by(step) {
+            let pixels = pixels.map(|pixel| &pixel[i..i + step]);
             for pixel in pixels {
-                s.prefetch(&pixel[i..end], AHEAD);
-                let x = T::load(s, &pixel[i..end]);
-                (low, high) = (s.min(x, low), s.max(x, high));
-                let d = s.sub(x, k);
-                a = s.add(a, d);
-                b = s.fma(d, d, b);
+                s.prefetch(pixel, AHEAD);
             }
-            s.store(low, &mut least[i..end]);
-            s.store(high, &mut most[i..end]);
-            s.store(a, &mut sum[i..end]);
-            s.store(b, &mut squares[i..end]);
-            i = end;
+            self.add_pairs(s, pixels, i);
         }
-        if i < c {
-            let k = s.load_partial(&shift[i..]);
-            let (mut a, mut b) = (s.load_partial(&sum[i..]), s.load_partial(&squares[i..]));
-            let (mut low, mut high) = (s.load_partial(&least[i..]), s.load_partial(&most[i..]));
-            for pixel in pixels {
-                let x = T::load_partial(s, &pixel[i..]);
-                (low, high) = (s.min(x, low), s.max(x, high));
-                let d = s.sub(x, k);
-                a = s.add(a, d);
-                b = s.fma(d, d, b);
+        if whole < c {
+            let mut last = [[T::ZERO; MAX_BLOCK / 2]; N];
+            for (last, pixel) in last.iter_mut().zip(pixels) {
+                last[..c - whole].copy_from_slice(&pixel[whole..]);
             }
-            s.store_partial(low, &mut least[i..]);
-            s.store_partial(high, &mut most[i..]);
-            s.store_partial(a, &mut sum[i..]);
-            s.store_partial(b, &mut squares[i..]);
+            self.add_pairs(s, last.each_ref().map(|last| &last[..step]), whole);
+        }
+    }
+
+    /// Adds two vectors' worth of channels of each pixel, from channel `at` on.
+    #[inline(always)]
+    fn add_pairs<S: Simd, T: Element, const N: usize>(&mut self, s: S, pixels: [&[T]; N], at: usize) {
+        let range = at..at + 2 * S::LANES;
+        let (sum, squares) = (&mut self.sum[range.clone()], &mut self.squares[range.clone()]);
+        let (least, most) = (&mut self.least[range.clone()], &mut self.most[range.clone()]);
+        let k = f32::load_pair(s, &self.shift[range]);
+        let (mut a, mut b) = (f32::load_pair(s, sum), f32::load_pair(s, squares));
+        let (mut low, mut high) = (f32::load_pair(s, least), f32::load_pair(s, most));
+        for pixel in pixels {
+            let x = T::load_pair(s, pixel);
+            for i in 0..2 {
+                (low[i], high[i]) = (s.min(x[i], low[i]), s.max(x[i], high[i]));
+                let d = s.sub(x[i], k[i]);
+                a[i] = s.add(a[i], d);
+                b[i] = s.fma(d, d, b[i]);
+            }
+        }
+        for (to, v) in [(sum, a), (squares, b), (least, low), (most, high)] {
+            s.store(v[0], to);
+            s.store(v[1], &mut to[S::LANES..]);
         }
     }
 }

@@ -16,6 +16,15 @@ use crate::{Isa, bf16, f16};
 /// The most lanes that any tier has.
 pub const MAX_LANES: usize = 16;
 
+/// Vectors of a block: what the loads and stores named so move.
+pub const BLOCK_VECTORS: usize = 4;
+
+/// Elements of the longest block.
+pub const MAX_BLOCK: usize = BLOCK_VECTORS * MAX_LANES;
+
+/// [`BLOCK_VECTORS`] vectors.
+pub type Block<F> = [F; BLOCK_VECTORS];
+
 /// Operations on `LANES` f32 numbers at a time.
 ///
 /// "Partial" loads and stores move `slice.len() < LANES` elements; the lanes beyond are zero. The others move `LANES`
@@ -25,9 +34,18 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const LANES: usize;
     /// Vectors that fit in the registers.
     const REGISTERS: usize;
+    /// Elements of a block.
+    const BLOCK: usize = BLOCK_VECTORS * Self::LANES;
+    /// Whether blocks of bf16 are loaded in **split order**: each two vectors hold the even elements of `2 * LANES`, then the
+    /// odd ones, which takes an instruction each. Where it is false, split order is the order in memory.
+    const SPLITS: bool = false;
+    /// Whether [`Simd::lookup`] is about as fast as a multiplication.
+    const LOOKS_UP: bool = false;
     /// `LANES` f32.
     type F: Copy;
 
+    /// Runs `op` as a function of its own, which keeps its registers to itself.
+    fn outline<O: SimdOp>(self, op: O) -> O::Output;
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::F;
     /// Loads `LANES` elements.
@@ -65,6 +83,25 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn store_codes(self, v: Self::F, dst: &mut [u8]);
     /// Stores the first `dst.len() < LANES` codes of an operand.
     fn store_codes_partial(self, v: Self::F, dst: &mut [u8]);
+    /// Loads and widens half a block, in split order.
+    #[inline(always)]
+    fn load_bf16_pair(self, src: &[bf16]) -> [Self::F; 2] {
+        [self.load_bf16(&src[..Self::LANES]), self.load_bf16(&src[Self::LANES..])]
+    }
+    /// A block in the order of memory from one in split order.
+    #[inline(always)]
+    fn join(self, block: Block<Self::F>) -> Block<Self::F> {
+        block
+    }
+    /// As [`Simd::store_codes`] for a block of magnitudes below 2^31, which is in split order if `split`.
+    #[inline(always)]
+    fn store_codes_block(self, block: Block<Self::F>, split: bool, dst: &mut [u8]) {
+        let dst = &mut dst[..Self::BLOCK];
+        let block = if split { self.join(block) } else { block };
+        for (v, dst) in block.into_iter().zip(dst.chunks_exact_mut(Self::LANES)) {
+            self.store_codes(v, dst);
+        }
+    }
 
     /// `a + b`
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
@@ -84,6 +121,26 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn max(self, a: Self::F, b: Self::F) -> Self::F;
     /// Magnitudes.
     fn abs(self, a: Self::F) -> Self::F;
+    /// The magnitude of `a` or `most`, which has none below 0, whichever is greater; where `a` is NaN, `most`.
+    #[inline(always)]
+    fn max_abs(self, a: Self::F, most: Self::F) -> Self::F {
+        self.max(self.abs(a), most)
+    }
+    /// `a`, at most as far from 0 as `limit`, which is positive.
+    #[inline(always)]
+    fn limit(self, a: Self::F, limit: Self::F) -> Self::F {
+        self.max(self.min(a, limit), self.sub(self.splat(0.0), limit))
+    }
+    /// `table[i]`, `i` the last five bits of each lane.
+    #[inline(always)]
+    fn lookup(self, table: &[f32; 32], lanes: Self::F) -> Self::F {
+        let mut v = [0.0; MAX_LANES];
+        self.store(lanes, &mut v);
+        for v in &mut v {
+            *v = table[v.to_bits() as usize % 32];
+        }
+        self.load(&v)
+    }
     /// The nearest integer, ties to even, for magnitudes up to 2^22.
     fn round(self, a: Self::F) -> Self::F;
     /// `a * 2^n` for `a` in `[0.5, 2)` and an integer `n` where the result is a normal number.
@@ -118,6 +175,19 @@ fn f16_to_f32(bits: u32) -> f32 {
 
 /// The types that tensors have in memory.
 pub trait Element: Copy + Send + Sync + 'static {
+    /// 0.
+    const ZERO: Self;
+    /// Whether blocks are loaded in split order.
+    const SPLIT: bool;
+    /// Loads half a block.
+    fn load_pair<S: Simd>(s: S, src: &[Self]) -> [S::F; 2];
+    /// Loads a block.
+    #[inline(always)]
+    fn load_block<S: Simd>(s: S, src: &[Self]) -> Block<S::F> {
+        let (a, b) = src.split_at(2 * S::LANES);
+        let ([a, b], [c, d]) = (Self::load_pair(s, a), Self::load_pair(s, b));
+        [a, b, c, d]
+    }
     /// Loads `S::LANES` elements.
     fn load<S: Simd>(s: S, src: &[Self]) -> S::F;
     /// Loads all of `src`, fewer than `S::LANES` elements.
@@ -129,6 +199,12 @@ pub trait Element: Copy + Send + Sync + 'static {
 }
 
 impl Element for f32 {
+    const ZERO: Self = 0.0;
+    const SPLIT: bool = false;
+    #[inline(always)]
+    fn load_pair<S: Simd>(s: S, src: &[f32]) -> [S::F; 2] {
+        [s.load(src), s.load(&src[S::LANES..])]
+    }
     #[inline(always)]
     fn load<S: Simd>(s: S, src: &[f32]) -> S::F {
         s.load(src)
@@ -148,6 +224,12 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
+    const ZERO: Self = bf16::ZERO;
+    const SPLIT: bool = true;
+    #[inline(always)]
+    fn load_pair<S: Simd>(s: S, src: &[bf16]) -> [S::F; 2] {
+        s.load_bf16_pair(src)
+    }
     #[inline(always)]
     fn load<S: Simd>(s: S, src: &[bf16]) -> S::F {
         s.load_bf16(src)
@@ -267,6 +349,15 @@ pub(crate) mod tests {
             for x in [1.0, 1.3, 1.999, 77.7, 1e-30, 1e37] {
                 assert!((get(s.recip_coarse(s.splat(x)))[0] * x - 1.0).abs() < 1e-4, "1 / {x}");
             }
+            each(s.max_abs(v, s.splat(5.0)), &|x| x.abs().max(5.0));
+            assert_eq!(get(s.max_abs(s.splat(f32::NAN), s.splat(5.0))), vec![5.0; n]);
+            each(s.limit(v, s.splat(2.5)), &|x| x.clamp(-2.5, 2.5));
+            let table: [f32; 32] = std::array::from_fn(|i| 1.5 * i as f32);
+            // 1.5 * 2^23 moves an integer to the last bits.
+            each(s.lookup(&table, s.add(s.round(v), s.splat(12_582_912.0))), &|x| {
+                table[(x.round_ties_even() as i32 & 31) as usize]
+            });
+            block_contract(s);
             assert!(s.any_lt(v, s.splat(src[0] + 0.1)) && !s.any_lt(v, s.splat(src[0])));
             for e in [-126.0, -5.0, 0.0, 7.0, 127.0] {
                 assert_eq!(get(s.mul_pow2(s.splat(1.25), s.splat(e))), vec![1.25 * 2f32.powi(e as i32); n]);
@@ -301,6 +392,24 @@ pub(crate) mod tests {
                 assert_eq!(get(r), (0..n).map(|i| (i * n + j) as f32).collect::<Vec<_>>());
             }
         }
+    }
+
+    /// Loads and stores of blocks, in both orders.
+    fn block_contract<S: Simd>(s: S) {
+        let wide: Vec<f32> = (0..S::BLOCK).map(|i| (i as f32 - 20.0) * 4.5).collect();
+        let half: Vec<bf16> = wide.iter().map(|&x| bf16::from_f32(x)).collect();
+        let code = |x: f32| (x.round_ties_even().clamp(-127.0, 127.0) + 128.0) as u8;
+        let (a, b) = (f32::load_block(s, &wide), bf16::load_block(s, &half));
+        let mut joined = vec![0.0; S::BLOCK];
+        for (v, to) in s.join(b).into_iter().zip(joined.chunks_exact_mut(S::LANES)) {
+            s.store(v, to);
+        }
+        assert_eq!(joined, half.iter().map(|x| x.to_f32()).collect::<Vec<_>>());
+        let (mut codes, mut half_codes) = (vec![0u8; S::BLOCK], vec![0u8; S::BLOCK]);
+        s.store_codes_block(a, f32::SPLIT, &mut codes);
+        s.store_codes_block(b, bf16::SPLIT, &mut half_codes);
+        assert_eq!(codes, wide.iter().map(|&x| code(x)).collect::<Vec<_>>());
+        assert_eq!(half_codes, joined.iter().map(|&x| code(x)).collect::<Vec<_>>());
     }
 
     #[test]

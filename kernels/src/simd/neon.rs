@@ -18,12 +18,14 @@ impl Neon {
     }
 }
 
+#[target_feature(enable = "neon")]
+#[inline(never)]
+fn enter<O: SimdOp>(op: O) -> O::Output {
+    op.run(Neon(()))
+}
+
 /// Runs `op` on NEON.
 pub(super) fn run_neon<O: SimdOp>(op: O) -> O::Output {
-    #[target_feature(enable = "neon")]
-    fn enter<O: SimdOp>(op: O) -> O::Output {
-        op.run(Neon(()))
-    }
     assert!(std::arch::is_aarch64_feature_detected!("neon"), "no NEON here");
     // SAFETY: the feature was found.
     unsafe { enter(op) }
@@ -70,6 +72,10 @@ impl Simd for Neon {
     const REGISTERS: usize = 32;
     type F = float32x4_t;
 
+    #[inline(always)]
+    fn outline<O: SimdOp>(self, op: O) -> O::Output {
+        tier!(enter(op))
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> float32x4_t {
         tier!(vdupq_n_f32(x))

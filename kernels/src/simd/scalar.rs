@@ -1,7 +1,7 @@
 //! Four lanes of plain Rust.
 #![forbid(unsafe_code)]
 
-use super::Simd;
+use super::{Simd, SimdOp};
 use crate::bf16;
 
 const N: usize = 4;
@@ -40,6 +40,10 @@ impl Simd for Scalar {
     const REGISTERS: usize = 16;
     type F = [f32; N];
 
+    #[inline(never)]
+    fn outline<O: SimdOp>(self, op: O) -> O::Output {
+        op.run(self)
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> [f32; N] {
         [x; N]

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Simd, SimdOp};
+use super::{Block, Simd, SimdOp};
 use crate::{bf16, f16};
 
 /// Eight lanes. A value proves AVX2, FMA and F16C.
@@ -31,12 +31,26 @@ impl<const BF16: bool> Avx512<BF16> {
     }
 }
 
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline(never)]
+fn enter_avx2<O: SimdOp>(op: O) -> O::Output {
+    op.run(Avx2(()))
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+#[inline(never)]
+fn enter_avx512<O: SimdOp>(op: O) -> O::Output {
+    op.run(Avx512::<false>(()))
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")]
+#[inline(never)]
+fn enter_avx512_bf16<O: SimdOp>(op: O) -> O::Output {
+    op.run(Avx512::<true>(()))
+}
+
 /// Runs `op` on AVX2.
 pub(super) fn run_avx2<O: SimdOp>(op: O) -> O::Output {
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn enter<O: SimdOp>(op: O) -> O::Output {
-        op.run(Avx2(()))
-    }
     assert!(
         is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
@@ -44,7 +58,7 @@ pub(super) fn run_avx2<O: SimdOp>(op: O) -> O::Output {
         "no AVX2 here"
     );
     // SAFETY: the features were found.
-    unsafe { enter(op) }
+    unsafe { enter_avx2(op) }
 }
 
 /// What every [`Avx512`] proves.
@@ -58,24 +72,16 @@ fn has_avx512() -> bool {
 
 /// Runs `op` on AVX-512.
 pub(super) fn run_avx512<O: SimdOp>(op: O) -> O::Output {
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
-    fn enter<O: SimdOp>(op: O) -> O::Output {
-        op.run(Avx512::<false>(()))
-    }
     assert!(has_avx512(), "no AVX-512 here");
     // SAFETY: the features were found; AVX2 is part of AVX-512.
-    unsafe { enter(op) }
+    unsafe { enter_avx512(op) }
 }
 
 /// Runs `op` on AVX-512 with AVX-512-BF16.
 pub(super) fn run_avx512_bf16<O: SimdOp>(op: O) -> O::Output {
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")]
-    fn enter<O: SimdOp>(op: O) -> O::Output {
-        op.run(Avx512::<true>(()))
-    }
     assert!(has_avx512() && is_x86_feature_detected!("avx512bf16"), "no AVX-512-BF16 here");
     // SAFETY: the features were found; AVX2 is part of AVX-512.
-    unsafe { enter(op) }
+    unsafe { enter_avx512_bf16(op) }
 }
 
 #[inline(always)]
@@ -139,8 +145,13 @@ impl Avx2 {
 impl Simd for Avx2 {
     const LANES: usize = 8;
     const REGISTERS: usize = 16;
+    const SPLITS: bool = true;
     type F = __m256;
 
+    #[inline(always)]
+    fn outline<O: SimdOp>(self, op: O) -> O::Output {
+        tier!(enter_avx2(op))
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> __m256 {
         tier!(_mm256_set1_ps(x))
@@ -231,6 +242,54 @@ impl Simd for Avx2 {
         self.store_codes(v, &mut all);
         let len = dst.len();
         dst.copy_from_slice(&all[..len]);
+    }
+    #[inline(always)]
+    fn load_bf16_pair(self, src: &[bf16]) -> [__m256; 2] {
+        let src = &src[..16];
+        tier!({
+            let both = _mm256_loadu_si256(src.as_ptr().cast());
+            let odd = _mm256_and_si256(both, _mm256_set1_epi32(0xffff_0000u32 as i32));
+            [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(both)), _mm256_castsi256_ps(odd)]
+        })
+    }
+    #[inline(always)]
+    fn join(self, block: Block<__m256>) -> Block<__m256> {
+        let [a, b, c, d] = block;
+        tier!({
+            let (low, high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+            let (lower, higher) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+            [
+                _mm256_permute2f128_ps::<0x20>(low, high),
+                _mm256_permute2f128_ps::<0x31>(low, high),
+                _mm256_permute2f128_ps::<0x20>(lower, higher),
+                _mm256_permute2f128_ps::<0x31>(lower, higher),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn store_codes_block(self, block: Block<__m256>, split: bool, dst: &mut [u8]) {
+        let dst = &mut dst[..Self::BLOCK];
+        let [a, b, c, d] = block;
+        tier!({
+            let (a, b) = (_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
+            let (c, d) = (_mm256_cvtps_epi32(c), _mm256_cvtps_epi32(d));
+            let signed = if split {
+                let bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+                // Within 64 bits, four even elements and then four odd ones.
+                let bytes = _mm256_permute4x64_epi64::<0xd8>(bytes);
+                let pairs = _mm256_setr_epi8(
+                    0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15, 0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9,
+                    13, 10, 14, 11, 15,
+                );
+                _mm256_shuffle_epi8(bytes, pairs)
+            } else {
+                let bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+                _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))
+            };
+            let codes =
+                _mm256_xor_si256(_mm256_max_epi8(signed, _mm256_set1_epi8(-127)), _mm256_set1_epi8(-128));
+            _mm256_storeu_si256(dst.as_mut_ptr().cast(), codes)
+        })
     }
     #[inline(always)]
     fn add(self, a: __m256, b: __m256) -> __m256 {
@@ -374,8 +433,14 @@ impl<const BF16: bool> Avx512<BF16> {
 impl<const BF16: bool> Simd for Avx512<BF16> {
     const LANES: usize = 16;
     const REGISTERS: usize = 32;
+    const SPLITS: bool = true;
+    const LOOKS_UP: bool = true;
     type F = __m512;
 
+    #[inline(always)]
+    fn outline<O: SimdOp>(self, op: O) -> O::Output {
+        if BF16 { tier!(enter_avx512_bf16(op)) } else { tier!(enter_avx512(op)) }
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
         tier!(_mm512_set1_ps(x))
@@ -468,6 +533,54 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         tier!(_mm_mask_storeu_epi8(dst.as_mut_ptr().cast(), mask, codes))
     }
     #[inline(always)]
+    fn load_bf16_pair(self, src: &[bf16]) -> [__m512; 2] {
+        let src = &src[..32];
+        tier!({
+            let both = _mm512_loadu_si512(src.as_ptr().cast());
+            let odd = _mm512_and_si512(both, _mm512_set1_epi32(0xffff_0000u32 as i32));
+            [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(both)), _mm512_castsi512_ps(odd)]
+        })
+    }
+    #[inline(always)]
+    fn join(self, block: Block<__m512>) -> Block<__m512> {
+        let [a, b, c, d] = block;
+        tier!({
+            let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+            [
+                _mm512_permutex2var_ps(a, low, b),
+                _mm512_permutex2var_ps(a, high, b),
+                _mm512_permutex2var_ps(c, low, d),
+                _mm512_permutex2var_ps(c, high, d),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn store_codes_block(self, block: Block<__m512>, split: bool, dst: &mut [u8]) {
+        let dst = &mut dst[..Self::BLOCK];
+        let [a, b, c, d] = block;
+        tier!({
+            let (a, b) = (_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
+            let (c, d) = (_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
+            let signed = if split {
+                let high = _mm512_set1_epi32(0xffff_0000u32 as i32);
+                // odd << 16 where `high`, else even
+                let ab = _mm512_ternarylogic_epi32::<0xca>(high, _mm512_slli_epi32::<16>(b), a);
+                let cd = _mm512_ternarylogic_epi32::<0xca>(high, _mm512_slli_epi32::<16>(d), c);
+                let order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+                _mm512_permutexvar_epi64(order, _mm512_packs_epi16(ab, cd))
+            } else {
+                let bytes = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+                // Within 128 bits, four elements of each vector.
+                let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+                _mm512_permutexvar_epi32(order, bytes)
+            };
+            let codes =
+                _mm512_xor_si512(_mm512_max_epi8(signed, _mm512_set1_epi8(-127)), _mm512_set1_epi8(-128));
+            _mm512_storeu_si512(dst.as_mut_ptr().cast(), codes)
+        })
+    }
+    #[inline(always)]
     fn add(self, a: __m512, b: __m512) -> __m512 {
         tier!(_mm512_add_ps(a, b))
     }
@@ -502,6 +615,23 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     #[inline(always)]
     fn abs(self, a: __m512) -> __m512 {
         tier!(_mm512_abs_ps(a))
+    }
+    #[inline(always)]
+    fn max_abs(self, a: __m512, most: __m512) -> __m512 {
+        // The greater magnitude, without its sign.
+        tier!(_mm512_range_ps::<0b1011>(a, most))
+    }
+    #[inline(always)]
+    fn limit(self, a: __m512, limit: __m512) -> __m512 {
+        // The lesser magnitude, with the sign of `a`.
+        tier!(_mm512_range_ps::<0b0010>(a, limit))
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[f32; 32], lanes: __m512) -> __m512 {
+        tier!({
+            let halves = [_mm512_loadu_ps(table.as_ptr()), _mm512_loadu_ps(table[16..].as_ptr())];
+            _mm512_permutex2var_ps(halves[0], _mm512_castps_si512(lanes), halves[1])
+        })
     }
     #[inline(always)]
     fn round(self, a: __m512) -> __m512 {
