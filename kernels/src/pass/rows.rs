@@ -31,7 +31,7 @@ const LEAST: f32 = 1e-30;
 
 /// SiLU is made of pieces where the numbers that 8 bits span are in a range at least this wide: their error is then less than a
 /// ninth of a step.
-const PIECES_RANGE: f32 = 2200.0 * SiluPieces::ERROR;
+const PIECES_RANGE: f32 = 2300.0 * SiluPieces::ERROR;
 
 /// Some output rows of a pass.
 pub(super) struct Chunk<'a> {
