@@ -115,7 +115,7 @@ pub enum OperandMut<'a> {
         scale: &'a mut [f32],
     },
     /// See [`Operand::U8Uniform`]: codings that the caller gives ([`group_codings`](crate::pass::group_codings)). What lies beyond
-    /// them saturates.
+    /// them, by less than 2^31 steps, saturates.
     U8Uniform {
         /// `[rows, stride]`.
         codes: &'a mut [u8],
