@@ -38,7 +38,8 @@ fn any_budget_gives_the_same_bits() {
                 }
             };
             assert!(ram > 1 << 20, "nothing runs in a mebibyte");
-            assert!(plan.predicted_peak <= ram && plan.predicted_peak < whole.predicted_peak);
+            // Not by comparison with the free run's peak: what the process holds by now is in this one's.
+            assert!(plan.predicted_peak <= ram && whole.keeps && !plan.keeps);
             let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
             assert!(bits(&tight.encode_image(&image).unwrap()) == bits(&moments), "{precision} {ram}");
             assert!(tight.decode(&latents).unwrap() == picture, "{precision} {ram}");

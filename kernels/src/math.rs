@@ -85,7 +85,7 @@ pub fn silu_coarse<S: Simd>(s: S, x: S::F) -> S::F {
     s.mul(x, s.recip_coarse(s.add(s.splat(1.0), exp2_coarse(s, power))))
 }
 
-/// `scale * x * sigmoid(x) + shift`, for tiers that look up numbers fast: a parabola for each [`SiluPieces::WIDTH`] of x.
+/// `scale * x * sigmoid(x) + shift`, for tiers that look up numbers fast: a parabola for each piece of x.
 #[derive(Clone, Copy, Debug)]
 #[repr(align(64))]
 pub struct SiluPieces {
