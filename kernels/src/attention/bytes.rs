@@ -256,7 +256,15 @@ pub(super) const fn scratch_elements(n: usize, d: usize) -> usize {
 
 impl<W: Write> DotOp for Block<'_, W> {
     #[inline(always)]
-    fn run<D: Dot>(mut self, d: D) {
+    fn run<D: Dot>(self, d: D) {
+        // A tile has as many rows as the registers hold sums of.
+        if D::Vectors::REGISTERS >= 32 { self.attend::<D, 8>(d) } else { self.attend::<D, 4>(d) }
+    }
+}
+
+impl<W: Write> Block<'_, W> {
+    #[inline(always)]
+    fn attend<D: Dot, const MR: usize>(mut self, d: D) {
         let s = d.vectors();
         let n = queries(D::Vectors::LANES);
         let AttentionShape { d: size, nk, .. } = self.head.shape;
@@ -281,7 +289,8 @@ impl<W: Write> DotOp for Block<'_, W> {
         for (first, (k, v)) in (0..nk).step_by(KEYS).zip(blocks) {
             let keys = KEYS.min(nk - first).next_multiple_of(PANEL);
             let k_scale = f32::from_bits(k[k_block(size) - 1]);
-            multiply_keys(d, k, keys, q, scores, total);
+            let scores = &mut scores[..keys * n];
+            multiply_keys::<D, MR>(d, k, q, scores, total);
             for at in (0..n).step_by(D::Vectors::LANES) {
                 // Never 0: the score of what lies behind the last key has to stay far below.
                 let factor = s.max(s.mul(s.load(&scale[at..]), s.splat(k_scale)), s.splat(1e-20));
@@ -289,13 +298,13 @@ impl<W: Write> DotOp for Block<'_, W> {
                 let level = s.mul(s.sub(highest, s.splat(ZERO)), factor);
                 softmax.lift(s, level, at);
                 let factor_here = math::exp2(s, s.sub(level, s.load(&softmax.most[at..])));
-                let sum = weigh(d, &scores[..keys * n], n, at, highest, factor, weights);
+                let sum = weigh(d, scores, n, at, highest, factor, weights);
                 s.store(factor_here, &mut share[at..]);
                 let part = s.mul(sum, factor_here);
                 s.store(part, &mut total[at..]);
                 s.store(s.add(s.load(&softmax.sum[at..]), part), &mut softmax.sum[at..]);
             }
-            multiply_values(d, v, dv, &weights[..keys / 4 * n], share, total, softmax.acc);
+            multiply_values::<D, MR>(d, v, dv, &weights[..keys / 4 * n], share, total, softmax.acc);
         }
         self.head.finish(s, self.first, n, softmax.acc, softmax.sum, &mut self.out);
     }
@@ -348,34 +357,31 @@ fn multiply<D: Dot, const MR: usize>(
 
 /// Scores `[keys, n]` of a block of K, and the highest of each query.
 #[inline(always)]
-fn multiply_keys<D: Dot>(d: D, k: &[u32], keys: usize, q: &[u32], scores: &mut [f32], highest: &mut [f32]) {
-    #[inline(always)]
-    fn tiles<D: Dot, const MR: usize>(d: D, k: &[u32], q: &[u32], scores: &mut [f32], highest: &mut [f32]) {
-        let (s, lanes) = (d.vectors(), D::Vectors::LANES);
-        for (i, scores) in scores.chunks_exact_mut(MR * queries(lanes)).enumerate() {
-            let (first, codes) = (&k[i * MR..][..MR], &k[KEYS + i * MR..]);
-            let mut start = [[d.splat(0); NV]; MR];
-            for i in 0..MR {
-                start[i] = [d.splat(first[i]); NV];
-            }
-            let sums = multiply::<D, MR>(d, codes, KEYS, q, start);
-            for v in 0..NV {
-                let mut most = s.load(&highest[v * lanes..]);
-                for i in 0..MR {
-                    let score = d.as_f32(sums[i][v]);
-                    s.store(score, &mut scores[(i * NV + v) * lanes..]);
-                    most = s.max(score, most);
-                }
-                s.store(most, &mut highest[v * lanes..]);
-            }
-        }
-    }
-    let scores = &mut scores[..keys * highest.len()];
+fn multiply_keys<D: Dot, const MR: usize>(
+    d: D,
+    k: &[u32],
+    q: &[u32],
+    scores: &mut [f32],
+    highest: &mut [f32],
+) {
+    let (s, lanes) = (d.vectors(), D::Vectors::LANES);
     highest.fill(LEAST);
-    if D::Vectors::REGISTERS >= 32 {
-        tiles::<D, 8>(d, k, q, scores, highest);
-    } else {
-        tiles::<D, 4>(d, k, q, scores, highest);
+    for (i, scores) in scores.chunks_exact_mut(MR * queries(lanes)).enumerate() {
+        let (first, codes) = (&k[i * MR..][..MR], &k[KEYS + i * MR..]);
+        let mut start = [[d.splat(0); NV]; MR];
+        for i in 0..MR {
+            start[i] = [d.splat(first[i]); NV];
+        }
+        let sums = multiply::<D, MR>(d, codes, KEYS, q, start);
+        for v in 0..NV {
+            let mut most = s.load(&highest[v * lanes..]);
+            for i in 0..MR {
+                let score = d.as_f32(sums[i][v]);
+                s.store(score, &mut scores[(i * NV + v) * lanes..]);
+                most = s.max(score, most);
+            }
+            s.store(most, &mut highest[v * lanes..]);
+        }
     }
 }
 
@@ -408,7 +414,7 @@ fn weigh<D: Dot>(
 /// Adds a block's weights times values to `acc`, `[dv, n]`: `share` is what a unit of the weights counts, `total` that
 /// times their sum.
 #[inline(always)]
-fn multiply_values<D: Dot>(
+fn multiply_values<D: Dot, const MR: usize>(
     d: D,
     v: &[u32],
     dv: usize,
@@ -417,36 +423,19 @@ fn multiply_values<D: Dot>(
     total: &[f32],
     acc: &mut [f32],
 ) {
-    #[inline(always)]
-    fn tiles<D: Dot, const MR: usize>(
-        d: D,
-        v: &[u32],
-        dv: usize,
-        weights: &[u32],
-        share: &[f32],
-        total: &[f32],
-        acc: &mut [f32],
-    ) {
-        let (s, lanes) = (d.vectors(), D::Vectors::LANES);
-        for (i, acc) in acc.chunks_exact_mut(MR * queries(lanes)).enumerate() {
-            let (scales, middles) = (&v[i * MR..][..MR], &v[dv + i * MR..][..MR]);
-            let codes = &v[2 * dv + i * MR..];
-            let sums = multiply::<D, MR>(d, codes, dv, weights, [[d.splat(0); NV]; MR]);
-            for i in 0..MR {
-                let (scale, middle) =
-                    (s.splat(f32::from_bits(scales[i])), s.splat(f32::from_bits(middles[i])));
-                for v in 0..NV {
-                    let acc = &mut acc[(i * NV + v) * lanes..];
-                    let sum = s.mul(d.to_f32(sums[i][v]), scale);
-                    let so_far = s.fma(middle, s.load(&total[v * lanes..]), s.load(acc));
-                    s.store(s.fma(sum, s.load(&share[v * lanes..]), so_far), acc);
-                }
+    let (s, lanes) = (d.vectors(), D::Vectors::LANES);
+    for (i, acc) in acc.chunks_exact_mut(MR * queries(lanes)).enumerate() {
+        let (scales, middles) = (&v[i * MR..][..MR], &v[dv + i * MR..][..MR]);
+        let codes = &v[2 * dv + i * MR..];
+        let sums = multiply::<D, MR>(d, codes, dv, weights, [[d.splat(0); NV]; MR]);
+        for i in 0..MR {
+            let (scale, middle) = (s.splat(f32::from_bits(scales[i])), s.splat(f32::from_bits(middles[i])));
+            for v in 0..NV {
+                let acc = &mut acc[(i * NV + v) * lanes..];
+                let sum = s.mul(d.to_f32(sums[i][v]), scale);
+                let so_far = s.fma(middle, s.load(&total[v * lanes..]), s.load(acc));
+                s.store(s.fma(sum, s.load(&share[v * lanes..]), so_far), acc);
             }
         }
-    }
-    if D::Vectors::REGISTERS >= 32 {
-        tiles::<D, 8>(d, v, dv, weights, share, total, acc);
-    } else {
-        tiles::<D, 4>(d, v, dv, weights, share, total, acc);
     }
 }

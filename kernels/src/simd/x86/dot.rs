@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Avx2, Avx512, has_avx512};
+use super::{Avx2, Avx512, has_avx2, has_avx512};
 use crate::math;
 use crate::simd::Simd;
 use crate::simd::dot::{Dot, DotOp};
@@ -14,10 +14,6 @@ struct Dot8<const VNNI: bool>(Avx2);
 /// [`Avx512`], and AVX-512-VNNI.
 #[derive(Clone, Copy)]
 struct Dot16(Avx512<false>);
-
-fn has_avx2() -> bool {
-    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
-}
 
 /// Runs `op` on AVX2.
 pub(in crate::simd) fn run_avx2<O: DotOp>(op: O) {
