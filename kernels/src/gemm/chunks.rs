@@ -45,11 +45,11 @@ pub(super) fn chunks(
         _ => 1,
     };
     most = (most / taps / TILE_K * TILE_K).max(TILE_K).min(padded);
-    let pieces = if padded == 0 { 0 } else { padded.div_ceil(most) };
-    let len = if pieces == 0 { 0 } else { (padded / TILE_K).div_ceil(pieces) * TILE_K };
+    let pieces = padded.div_ceil(most.max(1)).max(1);
+    let len = (padded / TILE_K).div_ceil(pieces) * TILE_K;
     let mut chunks = vec![];
     for tap in (0..all_taps).step_by(taps) {
-        for k in (0..padded).step_by(len.max(1)) {
+        for k in (0..padded.max(1)).step_by(len.max(1)) {
             let first = by_tap && k == 0;
             chunks.push(Chunk { tap, taps, k, len: len.min(padded - k), first, last: false });
         }

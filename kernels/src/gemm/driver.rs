@@ -8,12 +8,12 @@ use std::ops::Range;
 use super::chunks::{Chunk, chunks, rows_bytes};
 use super::columns::Columns;
 use super::geometry::{FOLDED_TAPS, Geometry, RowTile, folded};
-use super::steps::{AddTap, Finish, Out, Sums, Target, Unpack, Widen};
+use super::steps::{Out, Unpack, Widen};
+use super::strip::{Ahead, Blocks, Strip};
 use super::table::{GemmKernel, Types};
-use super::tile::{MAX_TAPS, TILE_COLUMNS, TileArgs};
+use super::tile::TILE_COLUMNS;
 use super::{Epilogue, Gemm};
 use crate::Workers;
-use crate::arch::prefetch;
 use crate::layout::{ALIGN, Encoding, TILE_K, TILE_N, Weight};
 use crate::par::Shared;
 use crate::view::{Operand, RowsMut};
@@ -35,16 +35,16 @@ const GROUP_PAIRS: usize = 8;
 const TASKS: usize = 16;
 
 /// A call, prepared for one kernel.
-pub(super) struct Plan<'a> {
+pub(crate) struct Plan<'a> {
     pub(super) kernel: &'static GemmKernel,
     pub(super) operand: Operand<'a>,
     pub(super) weight: Weight<'a>,
     pub(super) epilogue: Epilogue<'a>,
-    out: Out<'a>,
-    geometry: Geometry,
+    pub(super) out: Out<'a>,
+    pub(super) geometry: Geometry,
     chunks: Vec<Chunk>,
     /// Rows must be widened for the kernel.
-    widens: bool,
+    pub(super) widens: bool,
     /// Weights must be unpacked for the kernel.
     unpacks: bool,
     /// Taps that meet one pixel of an upsampled image are added up first: a block has the taps of one phase.
@@ -52,7 +52,9 @@ pub(super) struct Plan<'a> {
     /// Taps are added up in f32, as each meets pixels of other scales.
     pub(super) by_tap: bool,
     /// Accumulators wait in memory between chunks.
-    keeps: bool,
+    pub(super) keeps: bool,
+    /// Tiles of different images are finished differently.
+    pub(super) by_image: bool,
     /// Most rows of a block.
     block_rows: usize,
 }
@@ -125,6 +127,7 @@ pub(super) fn run(
         folds,
         by_tap,
         keeps,
+        by_image,
         block_rows,
     };
 
@@ -169,48 +172,36 @@ impl<'a> Plan<'a> {
     /// Rows of tiles `tiles`, columns of panel pairs `pairs`.
     fn run_group(&self, buffers: &mut Buffers<'_>, tiles: Range<usize>, pairs: Range<usize>) {
         let tiles = &self.geometry.tiles[tiles];
-        if self.chunks.is_empty() {
-            buffers.products[..self.kernel.mr].fill([0; TILE_COLUMNS]);
-            for pair in pairs {
-                let columns = Columns::new(self, pair, None);
-                for tile in tiles {
-                    self.finish(&columns, tile, &buffers.products[..tile.rows], None);
-                }
-            }
-            return;
-        }
         for (c, chunk) in self.chunks.iter().enumerate() {
-            if self.widens {
+            if self.widens && chunk.len > 0 {
                 self.widen(buffers.rows, tiles, chunk);
             }
-            let finishes = c + 1 == self.chunks.len();
             for (i, pair) in pairs.clone().enumerate() {
+                let kept = i * self.block_rows;
                 let columns = Columns::new(self, pair, Some(chunk));
-                let blocks = self.weights(buffers.weights, pair, columns.panels, chunk, tiles[0].phase);
-                let mut ahead = self.ahead(c, pair, &pairs, tiles);
-                let mut row = 0;
-                for tile in tiles {
-                    ahead.prefetch();
-                    if finishes {
-                        // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
-                        unsafe { (self.kernel.steps.claim)(&self.target(&columns, tile), tile.rows) };
-                    }
-                    let kept = i * self.block_rows + row;
-                    let at = if self.keeps { kept } else { 0 };
-                    let products = &mut buffers.products[at..at + tile.rows];
-                    let widened = match self.widens {
-                        true => &buffers.rows[row * chunk.len * self.kernel.types.row_bytes()..],
-                        false => &[],
-                    };
-                    self.multiply(products, widened, tile, &blocks, columns.panels, chunk);
-                    if chunk.last {
-                        let sums =
-                            if self.by_tap { &mut buffers.sums[kept..kept + tile.rows] } else { &mut [] };
-                        self.settle(&columns, tile, chunk.tap, products, sums, finishes);
-                    }
-                    row += tile.rows;
-                }
+                let mut strip = Strip {
+                    chunk,
+                    blocks: self.weights(buffers.weights, pair, columns.panels, chunk, tiles[0].phase),
+                    tiles,
+                    rows: if self.widens { buffers.rows } else { self.rows() },
+                    products: &mut buffers.products[if self.keeps { kept } else { 0 }..],
+                    sums: if self.by_tap { &mut buffers.sums[kept..] } else { &mut [] },
+                    ahead: self.ahead(c, pair, &pairs, tiles),
+                    finishes: c + 1 == self.chunks.len(),
+                    columns: &columns,
+                };
+                // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
+                unsafe { (self.kernel.steps.strip)(self, &mut strip) };
             }
+        }
+    }
+
+    /// The operand's rows in bytes.
+    fn rows(&self) -> &[u8] {
+        match self.operand {
+            Operand::U8 { codes, .. } | Operand::U8Uniform { codes, .. } => codes,
+            Operand::Bf16(rows) => bytemuck::cast_slice(rows),
+            Operand::F32(rows) => bytemuck::cast_slice(rows),
         }
     }
 
@@ -238,35 +229,14 @@ impl<'a> Plan<'a> {
         Ahead { panels, step }
     }
 
-    /// Adds the products of a tile to the sums over its taps, and finishes it after the last chunk. (At once: the loads would
-    /// wait for the stores of a tile multiplied meanwhile, a multiple of 4 KiB away.)
-    fn settle(
-        &self,
-        columns: &Columns,
-        tile: &RowTile,
-        tap: usize,
-        products: &[[i32; TILE_COLUMNS]],
-        sums: &mut [[f32; TILE_COLUMNS]],
-        finishes: bool,
-    ) {
-        if self.by_tap {
-            let (scale, scale_step) = self.row_scale(tile, tap);
-            let tap = AddTap { products, offset: &columns.offset, scale, scale_step, first: tap == 0 };
-            // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
-            unsafe { (self.kernel.steps.add_tap)(&tap, sums) };
-        }
-        if finishes {
-            self.finish(columns, tile, products, self.by_tap.then_some(&*sums));
-        }
-    }
-
     /// Writes the rows that `tiles` meet in `chunk` as the kernel reads them: `[rows][chunk.len]`.
     fn widen(&self, out: &mut [u8], tiles: &[RowTile], chunk: &Chunk) {
         let stride = self.weight.shape.k_padded();
         let mut out = out.chunks_exact_mut(chunk.len * self.kernel.types.row_bytes());
         for tile in tiles {
             for r in 0..tile.rows {
-                let row = self.geometry.operand_row(tile, chunk.tap) + r * self.geometry.operand_step;
+                let offset = self.geometry.offset(tile.phase, chunk.tap);
+                let row = tile.base + offset + r * self.geometry.operand_step;
                 let piece = row * stride + chunk.k..row * stride + chunk.k + chunk.len;
                 let widen = match self.operand {
                     Operand::U8 { codes, .. } | Operand::U8Uniform { codes, .. } => Widen::U8(&codes[piece]),
@@ -293,6 +263,9 @@ impl<'a> Plan<'a> {
         'a: 'b,
     {
         let Weight { encoding, shape, bytes } = self.weight;
+        if chunk.len == 0 {
+            return Blocks { bytes: &[], stride: 0, tap: 0 };
+        }
         let padded = shape.k_padded();
         let first = |tap: usize| (tap * padded + chunk.k) / TILE_K;
         let tiles = chunk.len / TILE_K;
@@ -328,156 +301,4 @@ impl<'a> Plan<'a> {
         }
         Blocks { bytes: &out[..panels * stride], stride, tap }
     }
-
-    /// The scale of the operand row that row 0 of `tile` meets at `tap`, and from there to the next row's.
-    fn row_scale(&self, tile: &RowTile, tap: usize) -> (&'a [f32], usize) {
-        match self.operand {
-            Operand::U8 { scale, .. } => {
-                (&scale[self.geometry.operand_row(tile, tap)..], self.geometry.operand_step)
-            }
-            Operand::U8Uniform { images, .. } => (std::slice::from_ref(&images[tile.image].scale), 0),
-            Operand::Bf16(_) | Operand::F32(_) => (&[1.0], 0),
-        }
-    }
-
-    /// The products of `tile` in `chunk`, by the kernel. Row 0 of widened rows is `widened`.
-    fn multiply(
-        &self,
-        products: &mut [[i32; TILE_COLUMNS]],
-        widened: &[u8],
-        tile: &RowTile,
-        blocks: &Blocks<'_>,
-        panels: usize,
-        chunk: &Chunk,
-    ) {
-        let kernel = self.kernel;
-        // The slack of rows and panels is zero, so only the steps that hold inputs are taken.
-        let k = (self.weight.shape.k - chunk.k).min(chunk.len).next_multiple_of(kernel.kr);
-        let element = kernel.types.row_bytes();
-        let padded = self.weight.shape.k_padded();
-        let (rows, a_stride): (&[u8], usize) = match self.operand {
-            _ if self.widens => (widened, chunk.len * element),
-            Operand::U8 { codes, .. } | Operand::U8Uniform { codes, .. } => {
-                (codes, padded * self.geometry.operand_step)
-            }
-            Operand::Bf16(rows) => {
-                (bytemuck::cast_slice(rows), padded * self.geometry.operand_step * element)
-            }
-            Operand::F32(rows) => (bytemuck::cast_slice(rows), padded * self.geometry.operand_step * element),
-        };
-        let mut a = [std::ptr::null(); MAX_TAPS];
-        for (tap, a) in a[..chunk.taps].iter_mut().enumerate() {
-            let at = match self.widens {
-                true => 0,
-                false => (self.geometry.operand_row(tile, chunk.tap + tap) * padded + chunk.k) * element,
-            };
-            let rows = &rows[at..];
-            assert!(rows.len() >= (tile.rows - 1) * a_stride + k * element, "{tile:?} {chunk:?}");
-            *a = rows.as_ptr();
-        }
-        assert!(products.len() == tile.rows && tile.rows <= kernel.mr && k <= chunk.len);
-        let at_once = kernel.nr / TILE_N;
-        for p in (0..panels).step_by(at_once) {
-            let args = TileArgs {
-                a,
-                taps: chunk.taps,
-                a_stride,
-                rows: tile.rows,
-                b: blocks.bytes[p * blocks.stride..].as_ptr(),
-                b_stride: blocks.stride,
-                b_tap: blocks.tap,
-                panels: at_once.min(panels - p),
-                k,
-                c: products.as_mut_ptr().cast::<u8>().wrapping_add(p * TILE_N * 4),
-                accumulate: !chunk.first,
-            };
-            // SAFETY: the kernel was picked for this machine; each tap's a reaches rows * k elements (asserted), b holds the
-            // blocks of chunk.len >= k inputs of each tap and panel, c is `products`, borrowed here alone.
-            unsafe { (kernel.tile)(&args) };
-        }
-    }
-
-    /// Where `tile` goes.
-    fn target(&self, columns: &Columns, tile: &RowTile) -> Target<'_> {
-        let activation = self.epilogue.activation;
-        Target {
-            out: &self.out,
-            ldo: activation.columns(self.weight.shape.n),
-            row: tile.row,
-            row_step: self.geometry.row_step,
-            column: activation.columns(columns.first),
-            columns: activation.columns(columns.inputs),
-        }
-    }
-
-    /// Finishes `tile` from its products, or from the sums over its taps.
-    fn finish(
-        &self,
-        columns: &Columns,
-        tile: &RowTile,
-        products: &[[i32; TILE_COLUMNS]],
-        sums: Option<&[[f32; TILE_COLUMNS]]>,
-    ) {
-        let (scale, scale_step) = self.row_scale(tile, 0);
-        let mut offset = columns.offset;
-        if let Operand::U8Uniform { images, .. } = self.operand {
-            offset = offset.map(|sum| sum * images[tile.image].zero);
-        }
-        let sums = match sums {
-            Some(sums) => Sums::Float(sums),
-            None if self.kernel.types.is_integer() => {
-                Sums::Integer { sums: products, offset: &offset, scale, scale_step }
-            }
-            None => Sums::Float(bytemuck::cast_slice(products)),
-        };
-        let mut bias = columns.bias;
-        let n = self.weight.shape.n;
-        if let Some(image_bias) = self.epilogue.image_bias {
-            let image_bias = &image_bias[tile.image * n + columns.first..][..columns.inputs];
-            for (bias, x) in bias.iter_mut().zip(image_bias) {
-                *bias += x;
-            }
-        }
-        let activation = self.epilogue.activation;
-        let finish = Finish {
-            sums,
-            scale: &columns.scale,
-            bias: &bias,
-            activation,
-            residual: self.epilogue.residual,
-            accumulate: self.epilogue.accumulate,
-            target: self.target(columns, tile),
-        };
-        // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
-        unsafe { (self.kernel.steps.finish)(&finish) };
-    }
-}
-
-/// Weights that will be wanted soon. The loads of wide tiles wait for memory one after another, so it is asked early.
-struct Ahead<'a> {
-    /// What is still to be fetched of each panel.
-    panels: [&'a [u8]; PAIR],
-    /// Bytes of a panel to be fetched in a step.
-    step: usize,
-}
-
-impl Ahead<'_> {
-    fn prefetch(&mut self) {
-        for panel in &mut self.panels {
-            let (now, later) = panel.split_at(self.step.min(panel.len()));
-            for line in now.chunks(ALIGN) {
-                prefetch(line);
-            }
-            *panel = later;
-        }
-    }
-}
-
-/// Weights as a kernel reads them.
-struct Blocks<'b> {
-    bytes: &'b [u8],
-    /// Bytes from panel to panel.
-    stride: usize,
-    /// Bytes from tap to tap.
-    tap: usize,
 }

@@ -23,7 +23,7 @@ pub(crate) struct RowTile {
     /// The image it belongs to.
     pub(crate) image: usize,
     /// Operand row of row 0, before the tap's offset.
-    base: usize,
+    pub(crate) base: usize,
     /// Row of [`Geometry::offsets`].
     pub(crate) phase: usize,
 }
@@ -131,9 +131,10 @@ impl Geometry {
         }
     }
 
-    /// Operand row that row 0 of `tile` meets at `tap`.
-    pub(crate) fn operand_row(&self, tile: &RowTile, tap: usize) -> usize {
-        tile.base + self.offsets[tile.phase][tap]
+    /// Operand rows from a tile's base to the one that its row 0 meets at `tap`.
+    #[inline(always)]
+    pub(crate) fn offset(&self, phase: usize, tap: usize) -> usize {
+        self.offsets[phase][tap]
     }
 
     /// Cuts the tiles into blocks of at most `rows` rows, or one tile; `by_phase`, of one phase each.
@@ -219,7 +220,7 @@ mod tests {
                             };
                             assert_eq!(taps.len(), kh * kh);
                             for (i, tap) in taps {
-                                let at = geometry.operand_row(tile, i) + r * geometry.operand_step;
+                                let at = tile.base + geometry.offset(tile.phase, i) + r * geometry.operand_step;
                                 assert_eq!(
                                     at,
                                     expected(&input, &filter, row, tap),

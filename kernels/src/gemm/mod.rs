@@ -6,6 +6,7 @@ mod columns;
 mod driver;
 mod geometry;
 pub(crate) mod steps;
+pub(crate) mod strip;
 pub(crate) mod table;
 #[cfg(test)]
 mod tests;

@@ -2,6 +2,8 @@
 //! once in plain Rust whose loops of 16 become vectors; [`steps!`] compiles it for a tier.
 
 use super::Activation;
+pub(crate) use super::driver::Plan;
+pub(crate) use super::strip::Strip;
 use super::tile::TILE_COLUMNS;
 pub(crate) use super::unpack::{Unpack, Widen, unpack, widen};
 use crate::bf16;
@@ -15,9 +17,7 @@ use crate::view::Rows;
 pub(crate) struct Steps {
     pub(crate) widen: unsafe fn(&Widen<'_>, &mut [u8]),
     pub(crate) unpack: unsafe fn(&Unpack<'_>, &mut [u8]),
-    pub(crate) add_tap: unsafe fn(&AddTap<'_>, &mut [[f32; TILE_COLUMNS]]),
-    pub(crate) finish: unsafe fn(&Finish<'_>),
-    pub(crate) claim: unsafe fn(&Target<'_>, usize),
+    pub(crate) strip: unsafe fn(&Plan<'_>, &mut Strip<'_>),
 }
 
 /// Compiles the steps for a tier: `steps!(#[target_feature(...)] NAME, token)`, where `token` is the tier's
@@ -35,18 +35,10 @@ macro_rules! steps {
                 unpack($token, args, out)
             }
             $(#[$attribute])*
-            fn add_one_tap(args: &AddTap<'_>, sum: &mut [[f32; $crate::gemm::tile::TILE_COLUMNS]]) {
-                add_tap($token, args, sum)
+            fn run_strip(plan: &Plan<'_>, args: &mut Strip<'_>) {
+                plan.strip($token, args)
             }
-            $(#[$attribute])*
-            fn finish_tile(args: &Finish<'_>) {
-                finish($token, args)
-            }
-            $(#[$attribute])*
-            fn claim_rows(target: &Target<'_>, rows: usize) {
-                claim(target, rows)
-            }
-            Steps { widen: widen_rows, unpack: unpack_tiles, add_tap: add_one_tap, finish: finish_tile, claim: claim_rows }
+            Steps { widen: widen_rows, unpack: unpack_tiles, strip: run_strip }
         };
     };
 }

@@ -10,8 +10,11 @@ pub(crate) const MAX_TAPS: usize = 9;
 /// What a tile function reads and writes. All strides are bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TileArgs {
-    /// Row 0 of each tap, `k` elements. Places beyond `taps` are not looked at.
-    pub(crate) a: [*const u8; MAX_TAPS],
+    /// Row 0 of the first tap, `k` elements.
+    pub(crate) a: *const u8,
+    /// `[taps]`: bytes from `a` to row 0 of each tap.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "all tiles sum one tap at a time"))]
+    pub(crate) tap_at: *const usize,
     /// Taps that are summed: 1 to the kernel's [`taps`](crate::gemm::GemmKernel::taps).
     #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "all tiles sum one tap at a time"))]
     pub(crate) taps: usize,
@@ -146,7 +149,7 @@ pub(crate) unsafe fn broadcast_tile<L: Lanes, const R: usize, const V: usize>(t:
         // Behind black boxes, or each multiple would be computed again from the one before.
         let stride = [1, 3, 5].map(|n| std::hint::black_box(n * t.a_stride));
         let mut at = Position {
-            a: std::array::from_fn(|g| t.a[0].wrapping_add(g * ROW_GROUP * t.a_stride)),
+            a: std::array::from_fn(|g| t.a.wrapping_add(g * ROW_GROUP * t.a_stride)),
             stride,
             b: t.b,
             b_stride: t.b_stride,

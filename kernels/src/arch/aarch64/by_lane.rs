@@ -71,7 +71,7 @@ unsafe fn rows_by_panel<L: ByLane, const R: usize>(t: &TileArgs, first: usize, s
                 }
             }
         }
-        let (mut a, mut b) = (t.a[0].add(first * t.a_stride), t.b);
+        let (mut a, mut b) = (t.a.add(first * t.a_stride), t.b);
         for _ in 0..t.k / (4 * L::K) {
             let x: [L::Vector; R] = L::load_a(std::array::from_fn(|r| a.add(r * t.a_stride)));
             step::<L, R, 0>(&mut acc, &x, b);

@@ -170,7 +170,7 @@ unsafe fn tile<M: Matrix>(t: &TileArgs, steps: usize) {
             let (b, accumulate) = (strip.0.as_ptr().cast::<u8>(), t.accumulate || done > 0);
             for first in (0..t.rows).step_by(ROWS) {
                 let rows = ROWS.min(t.rows - first);
-                let a = t.a[0].add(first * t.a_stride + done * ROW_BYTES);
+                let a = t.a.add(first * t.a_stride + done * ROW_BYTES);
                 let c = t.c.add(first * C_STRIDE);
                 match rows.div_ceil(2) {
                     1 => piece::<M, 1>(a, t.a_stride, rows, b, now, c, accumulate),

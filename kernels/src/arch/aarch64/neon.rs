@@ -49,7 +49,7 @@ unsafe fn piece<const R: usize>(t: &TileArgs, first: usize, start: &[int32x4_t; 
     // SAFETY: all offsets stay within what the caller vouches for: R rows from `first` on, 16 columns, k inputs.
     unsafe {
         let mut sums = [[[vdupq_n_s32(0); 2]; VECTORS]; R];
-        let (mut a, mut b) = (t.a[0].add(first * t.a_stride), t.b);
+        let (mut a, mut b) = (t.a.add(first * t.a_stride), t.b);
         for _ in 0..t.k / ROW_BYTES {
             let x: [[int8x16_t; 2]; R] = std::array::from_fn(|r| {
                 let codes = veor_u8(vld1_u8(a.add(r * t.a_stride)), vdup_n_u8(0x80));

@@ -98,8 +98,10 @@ fn release() {
 /// What an asm block reads from memory, as it has more to know than there are registers.
 #[repr(C)]
 struct Block {
-    /// Row 0 of each tap.
-    a: *const *const u8,
+    /// Row 0 of the first tap.
+    a: *const u8,
+    /// Bytes from `a` to row 0 of each tap.
+    tap_at: *const usize,
     taps: usize,
     /// Through the inputs of a tap.
     steps: usize,
@@ -128,11 +130,12 @@ macro_rules! block {
             $($load,)+
             "3:",
             "mov {taps}, [{block} + {taps_at}]",
-            "mov {a}, [{block} + {a_at}]",
+            "mov {tap_at}, [{block} + {tap_at_at}]",
             "mov {b}, [{block} + {b_at}]",
             "mov {a_stride}, [{block} + {a_stride_at}]",
             "4:",
-            "mov {a0}, [{a}]",
+            "mov {a0}, [{tap_at}]",
+            "add {a0}, [{block} + {a_at}]",
             "mov {a1}, {a_stride}",
             "shl {a1}, 4",
             "add {a1}, {a0}",
@@ -151,7 +154,7 @@ macro_rules! block {
             "dec {steps}",
             "jnz 5b",
             "6:",
-            "add {a}, 8",
+            "add {tap_at}, 8",
             "add {b}, [{block} + {b_tap_at}]",
             "dec {taps}",
             "jnz 4b",
@@ -163,6 +166,7 @@ macro_rules! block {
             c = const offset_of!(Block, c),
             taps_at = const offset_of!(Block, taps),
             a_at = const offset_of!(Block, a),
+            tap_at_at = const offset_of!(Block, tap_at),
             b_at = const offset_of!(Block, b),
             a_stride_at = const offset_of!(Block, a_stride),
             b_stride_at = const offset_of!(Block, b_stride),
@@ -171,7 +175,7 @@ macro_rules! block {
             c_stride = const C_STRIDE,
             b_row = in(reg) ROW_BYTES,
             taps = out(reg) _,
-            a = out(reg) _,
+            tap_at = out(reg) _,
             b = out(reg) _,
             a_stride = out(reg) _,
             a0 = out(reg) _,
@@ -193,7 +197,8 @@ macro_rules! tile_function {
             let two = t.rows > ROWS;
             configure(if two { [16, (t.rows - ROWS) as u8] } else { [t.rows as u8; 2] });
             let block = Block {
-                a: t.a.as_ptr(),
+                a: t.a,
+                tap_at: t.tap_at,
                 taps: t.taps,
                 steps: t.k * $bytes / ROW_BYTES,
                 a_stride: t.a_stride,

@@ -1,0 +1,253 @@
+//! A pair of panels passes by the row tiles of a block, in one chunk of inputs: products, sums over taps, finished rows.
+//! [`steps!`](super::steps::steps) compiles it for a tier, so that all but the tile function is one function.
+
+use super::chunks::Chunk;
+use super::columns::Columns;
+use super::driver::{PAIR, Plan};
+use super::geometry::RowTile;
+use super::steps::{AddTap, Finish, Sums, Target, add_tap, claim, finish};
+use super::tile::{MAX_TAPS, TILE_COLUMNS, TileArgs};
+use crate::arch::prefetch;
+use crate::layout::{ALIGN, TILE_N};
+use crate::simd::Simd;
+use crate::view::Operand;
+
+/// One pair of panels, one chunk and the tiles of a block.
+pub(crate) struct Strip<'s> {
+    pub(super) columns: &'s Columns,
+    pub(super) chunk: &'s Chunk,
+    pub(super) blocks: Blocks<'s>,
+    pub(super) tiles: &'s [RowTile],
+    /// The operand's rows in bytes; where they are widened, those of the tiles in the chunk, one after another.
+    pub(super) rows: &'s [u8],
+    /// Of all rows of the tiles where they wait for the next chunk, else of a tile.
+    pub(super) products: &'s mut [[i32; TILE_COLUMNS]],
+    /// Of all rows of the tiles, where taps are added up.
+    pub(super) sums: &'s mut [[f32; TILE_COLUMNS]],
+    pub(super) ahead: Ahead<'s>,
+    /// No chunk comes after this one.
+    pub(super) finishes: bool,
+}
+
+/// Weights as a kernel reads them.
+pub(super) struct Blocks<'b> {
+    pub(super) bytes: &'b [u8],
+    /// Bytes from panel to panel.
+    pub(super) stride: usize,
+    /// Bytes from tap to tap.
+    pub(super) tap: usize,
+}
+
+/// Weights that will be wanted soon. The loads of wide tiles wait for memory one after another, so it is asked early.
+pub(super) struct Ahead<'a> {
+    /// What is still to be fetched of each panel.
+    pub(super) panels: [&'a [u8]; PAIR],
+    /// Bytes of a panel to be fetched in a step.
+    pub(super) step: usize,
+}
+
+impl Ahead<'_> {
+    #[inline(always)]
+    fn prefetch(&mut self) {
+        for panel in &mut self.panels {
+            let (now, later) = panel.split_at(self.step.min(panel.len()));
+            for line in now.chunks(ALIGN) {
+                prefetch(line);
+            }
+            *panel = later;
+        }
+    }
+}
+
+/// Where the tiles of a phase find the operand rows of a chunk.
+struct Reach {
+    phase: Option<usize>,
+    /// Bytes from a tile's base to the row that its row 0 meets at the chunk's first tap.
+    first: usize,
+    /// Bytes from there to the row it meets at each tap.
+    taps: [usize; MAX_TAPS],
+    /// The greatest of them.
+    last: usize,
+}
+
+/// What finishing a tile adds that may differ from image to image.
+struct Terms {
+    image: Option<usize>,
+    bias: [f32; TILE_COLUMNS],
+    offset: [i32; TILE_COLUMNS],
+}
+
+impl Plan<'_> {
+    #[inline(always)]
+    pub(crate) fn strip<S: Simd>(&self, s: S, strip: &mut Strip<'_>) {
+        let &mut Strip { columns, chunk, tiles, finishes, .. } = strip;
+        let element = self.kernel.types.row_bytes();
+        let row_bytes = if self.widens { chunk.len } else { self.weight.shape.k_padded() } * element;
+        let a_stride = if self.widens { row_bytes } else { row_bytes * self.geometry.operand_step };
+        // The slack of rows and panels is zero, so only the steps that hold inputs are taken.
+        let k = (self.weight.shape.k - chunk.k).min(chunk.len).next_multiple_of(self.kernel.kr);
+        let mut reach = Reach { phase: None, first: 0, taps: [0; MAX_TAPS], last: 0 };
+        let mut terms = Terms { image: None, bias: columns.bias, offset: columns.offset };
+        let mut row = 0;
+        for tile in tiles {
+            strip.ahead.prefetch();
+            if finishes {
+                claim(&self.target(columns, tile), tile.rows);
+            }
+            let at = if self.widens {
+                row * row_bytes
+            } else {
+                self.reach(&mut reach, tile, chunk, row_bytes);
+                tile.base * row_bytes + reach.first + chunk.k * element
+            };
+            let rows = &strip.rows[at..];
+            assert!(rows.len() >= reach.last + (tile.rows - 1) * a_stride + k * element, "{tile:?} {chunk:?}");
+            let kept = if self.keeps { row } else { 0 };
+            let products = &mut strip.products[kept..kept + tile.rows];
+            self.multiply(products, rows, &reach.taps, a_stride, &strip.blocks, columns.panels, chunk, k);
+            // At once: the loads would wait for the stores of a tile multiplied meanwhile, a multiple of 4 KiB away.
+            let mut sums = None;
+            if chunk.last && self.by_tap {
+                let (scale, scale_step) = self.row_scale(tile, chunk.tap);
+                let offset = &columns.offset;
+                let tap = AddTap { products, offset, scale, scale_step, first: chunk.tap == 0 };
+                let added = &mut strip.sums[row..row + tile.rows];
+                add_tap(s, &tap, added);
+                sums = Some(&*added);
+            }
+            if finishes {
+                self.finish(s, columns, tile, products, sums, &mut terms);
+            }
+            row += tile.rows;
+        }
+    }
+
+    /// Finds the taps of `tile` in `chunk`.
+    #[inline(always)]
+    fn reach(&self, reach: &mut Reach, tile: &RowTile, chunk: &Chunk, row_bytes: usize) {
+        if reach.phase != Some(tile.phase) {
+            reach.first = self.geometry.offset(tile.phase, chunk.tap) * row_bytes;
+            for (tap, at) in reach.taps[..chunk.taps].iter_mut().enumerate() {
+                *at = self.geometry.offset(tile.phase, chunk.tap + tap) * row_bytes - reach.first;
+                reach.last = reach.last.max(*at);
+            }
+            reach.phase = Some(tile.phase);
+        }
+    }
+
+    /// The products of a tile in `chunk`, by the kernel: row 0 of the chunk's tap `i` is at `rows[taps[i]]`.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    fn multiply(
+        &self,
+        products: &mut [[i32; TILE_COLUMNS]],
+        rows: &[u8],
+        taps: &[usize; MAX_TAPS],
+        a_stride: usize,
+        blocks: &Blocks<'_>,
+        panels: usize,
+        chunk: &Chunk,
+        k: usize,
+    ) {
+        let kernel = self.kernel;
+        assert!(products.len() <= kernel.mr && k <= chunk.len);
+        if k == 0 {
+            products.fill([0; TILE_COLUMNS]);
+            return;
+        }
+        let at_once = kernel.nr / TILE_N;
+        for p in (0..panels).step_by(at_once) {
+            let args = TileArgs {
+                a: rows.as_ptr(),
+                tap_at: taps.as_ptr(),
+                taps: chunk.taps,
+                a_stride,
+                rows: products.len(),
+                b: blocks.bytes[p * blocks.stride..].as_ptr(),
+                b_stride: blocks.stride,
+                b_tap: blocks.tap,
+                panels: at_once.min(panels - p),
+                k,
+                c: products.as_mut_ptr().cast::<u8>().wrapping_add(p * TILE_N * 4),
+                accumulate: !chunk.first,
+            };
+            // SAFETY: the kernel was picked for this machine; each tap's a reaches rows * k elements (`strip` asserts it), b
+            // holds the blocks of chunk.len >= k inputs of each tap and panel, c is `products`, borrowed here alone.
+            unsafe { (kernel.tile)(&args) };
+        }
+    }
+
+    /// The scale of the operand row that row 0 of `tile` meets at `tap`, and from there to the next row's.
+    #[inline(always)]
+    fn row_scale(&self, tile: &RowTile, tap: usize) -> (&[f32], usize) {
+        match self.operand {
+            Operand::U8 { scale, .. } => {
+                (&scale[tile.base + self.geometry.offset(tile.phase, tap)..], self.geometry.operand_step)
+            }
+            Operand::U8Uniform { images, .. } => (std::slice::from_ref(&images[tile.image].scale), 0),
+            Operand::Bf16(_) | Operand::F32(_) => (&[1.0], 0),
+        }
+    }
+
+    /// Where `tile` goes.
+    #[inline(always)]
+    fn target(&self, columns: &Columns, tile: &RowTile) -> Target<'_> {
+        let activation = self.epilogue.activation;
+        Target {
+            out: &self.out,
+            ldo: activation.columns(self.weight.shape.n),
+            row: tile.row,
+            row_step: self.geometry.row_step,
+            column: activation.columns(columns.first),
+            columns: activation.columns(columns.inputs),
+        }
+    }
+
+    /// Finishes `tile` from its products, or from the sums over its taps.
+    #[inline(always)]
+    fn finish<S: Simd>(
+        &self,
+        s: S,
+        columns: &Columns,
+        tile: &RowTile,
+        products: &[[i32; TILE_COLUMNS]],
+        sums: Option<&[[f32; TILE_COLUMNS]]>,
+        terms: &mut Terms,
+    ) {
+        if self.by_image && terms.image != Some(tile.image) {
+            self.terms(columns, tile.image, terms);
+        }
+        let sums = match sums {
+            Some(sums) => Sums::Float(sums),
+            None if self.kernel.types.is_integer() => {
+                let (scale, scale_step) = self.row_scale(tile, 0);
+                Sums::Integer { sums: products, offset: &terms.offset, scale, scale_step }
+            }
+            None => Sums::Float(bytemuck::cast_slice(products)),
+        };
+        let finishing = Finish {
+            sums,
+            scale: &columns.scale,
+            bias: &terms.bias,
+            activation: self.epilogue.activation,
+            residual: self.epilogue.residual,
+            accumulate: self.epilogue.accumulate,
+            target: self.target(columns, tile),
+        };
+        finish(s, &finishing);
+    }
+
+    /// What finishing the tiles of `image` adds.
+    fn terms(&self, columns: &Columns, image: usize, terms: &mut Terms) {
+        *terms = Terms { image: Some(image), bias: columns.bias, offset: columns.offset };
+        if let Operand::U8Uniform { images, .. } = self.operand {
+            terms.offset = terms.offset.map(|sum| sum * images[image].zero);
+        }
+        if let Some(image_bias) = self.epilogue.image_bias {
+            let image_bias = &image_bias[image * self.weight.shape.n + columns.first..][..columns.inputs];
+            for (bias, x) in terms.bias.iter_mut().zip(image_bias) {
+                *bias += x;
+            }
+        }
+    }
+}
