@@ -278,18 +278,10 @@ impl<'a, T> Shared<'a, T> {
         Shared { ptr: data.as_mut_ptr(), len: data.len(), life: std::marker::PhantomData }
     }
 
-    /// Asks for the cache lines of elements `start .. start + len`, which are about to be written.
+    /// Where element `start` lies, to be looked at by nobody.
     #[inline(always)]
-    pub(crate) fn claim(&self, start: usize, len: usize) {
-        #[cfg(target_arch = "x86_64")]
-        for byte in (0..len * size_of::<T>()).step_by(64) {
-            let line = self.ptr.wrapping_add(start).wrapping_byte_add(byte);
-            // SAFETY: a prefetch reads nothing and never faults; where the instruction isn't known it does nothing.
-            unsafe {
-                std::arch::asm!("prefetchw [{}]", in(reg) line, options(nostack, preserves_flags, readonly))
-            };
-        }
-        let _ = (start, len);
+    pub(crate) fn address(&self, start: usize) -> *const u8 {
+        self.ptr.wrapping_add(start).cast_const().cast()
     }
 
     /// The elements `start .. start + len`.

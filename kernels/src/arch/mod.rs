@@ -55,3 +55,14 @@ pub(crate) fn prefetch(bytes: &[u8]) {
     }
     let _ = bytes;
 }
+
+/// Asks for the cache line at `line`, which is about to be written.
+#[inline(always)]
+pub(crate) fn claim(line: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch reads nothing and never faults; where the instruction isn't known it does nothing.
+    unsafe {
+        std::arch::asm!("prefetchw [{}]", in(reg) line, options(nostack, preserves_flags, readonly));
+    }
+    let _ = line;
+}

@@ -4,7 +4,7 @@
 use super::Activation;
 pub(crate) use super::driver::Plan;
 pub(crate) use super::strip::Strip;
-use super::tile::TILE_COLUMNS;
+use super::tile::{Claim, TILE_COLUMNS};
 pub(crate) use super::unpack::{Unpack, Widen, unpack, widen};
 use crate::bf16;
 use crate::layout::TILE_N;
@@ -111,21 +111,20 @@ pub(crate) struct Target<'a> {
 }
 
 impl Target<'_> {
+    /// The lines of `rows` rows.
+    #[inline(always)]
+    pub(crate) fn claim(&self, rows: usize) -> Claim {
+        let (row, bytes) = match self.out {
+            Out::F32(out) => (out.address(self.at(0)), size_of::<f32>()),
+            Out::Bf16(out) => (out.address(self.at(0)), size_of::<bf16>()),
+        };
+        Claim { row, stride: self.row_step * self.ldo * bytes, last: (self.columns * bytes).saturating_sub(1), rows }
+    }
+
     /// First element of row `r`.
     #[inline(always)]
     fn at(&self, r: usize) -> usize {
         (self.row + r * self.row_step) * self.ldo + self.column
-    }
-}
-
-/// Asks for the cache lines that a tile of `rows` rows will be written to.
-#[inline(always)]
-pub(crate) fn claim(target: &Target<'_>, rows: usize) {
-    for r in 0..rows {
-        match target.out {
-            Out::F32(out) => out.claim(target.at(r), target.columns),
-            Out::Bf16(out) => out.claim(target.at(r), target.columns),
-        }
     }
 }
 

@@ -5,8 +5,8 @@ use super::chunks::Chunk;
 use super::columns::Columns;
 use super::driver::{PAIR, Plan};
 use super::geometry::RowTile;
-use super::steps::{AddTap, Finish, Sums, Target, add_tap, claim, finish};
-use super::tile::{MAX_TAPS, TILE_COLUMNS, TileArgs};
+use super::steps::{AddTap, Finish, Sums, Target, add_tap, finish};
+use super::tile::{Claim, MAX_TAPS, TILE_COLUMNS, TileArgs};
 use crate::arch::prefetch;
 use crate::layout::{ALIGN, TILE_N};
 use crate::simd::Simd;
@@ -91,8 +91,11 @@ impl Plan<'_> {
         let mut row = 0;
         for tile in tiles {
             strip.ahead.prefetch();
-            if finishes {
-                claim(&self.target(columns, tile), tile.rows);
+            let mut claim =
+                if finishes { self.target(columns, tile).claim(tile.rows) } else { Claim::NONE };
+            if !self.kernel.claims {
+                claim.ask();
+                claim = Claim::NONE;
             }
             let at = if self.widens {
                 row * row_bytes
@@ -104,7 +107,7 @@ impl Plan<'_> {
             assert!(rows.len() >= reach.last + (tile.rows - 1) * a_stride + k * element, "{tile:?} {chunk:?}");
             let kept = if self.keeps { row } else { 0 };
             let products = &mut strip.products[kept..kept + tile.rows];
-            self.multiply(products, rows, &reach.taps, a_stride, &strip.blocks, columns.panels, chunk, k);
+            self.multiply(products, rows, &reach.taps, a_stride, &strip.blocks, columns.panels, chunk, k, claim);
             // At once: the loads would wait for the stores of a tile multiplied meanwhile, a multiple of 4 KiB away.
             let mut sums = None;
             if chunk.last && self.by_tap {
@@ -148,6 +151,7 @@ impl Plan<'_> {
         panels: usize,
         chunk: &Chunk,
         k: usize,
+        claim: Claim,
     ) {
         let kernel = self.kernel;
         assert!(products.len() <= kernel.mr && k <= chunk.len);
@@ -170,6 +174,7 @@ impl Plan<'_> {
                 k,
                 c: products.as_mut_ptr().cast::<u8>().wrapping_add(p * TILE_N * 4),
                 accumulate: !chunk.first,
+                claim,
             };
             // SAFETY: the kernel was picked for this machine; each tap's a reaches rows * k elements (`strip` asserts it), b
             // holds the blocks of chunk.len >= k inputs of each tap and panel, c is `products`, borrowed here alone.

@@ -72,6 +72,8 @@ pub struct GemmKernel {
     pub(crate) block_bytes: usize,
     /// Taps of a convolution that a tile can sum without storing in between.
     pub(crate) taps: usize,
+    /// Whether the function asks for the lines that the finished tile goes to.
+    pub(crate) claims: bool,
     /// The function.
     pub(crate) tile: TileFn,
     /// The multiplications of a tile without its loads.

@@ -1,6 +1,8 @@
 //! The one body of all tiles that work by broadcasting: each step loads `V` vectors of weights and meets them with an
 //! element group of each of `R` rows. An instruction set says how in its [`Lanes`].
 
+use crate::arch::claim;
+
 /// Columns of an accumulator tile in memory, also where a kernel computes 16 of them.
 pub(crate) const TILE_COLUMNS: usize = 32;
 
@@ -37,6 +39,35 @@ pub(crate) struct TileArgs {
     pub(crate) c: *mut u8,
     /// Adds to `c` instead of replacing it.
     pub(crate) accumulate: bool,
+    /// Where the finished rows go: lines that the function may ask for while it multiplies, if the kernel
+    /// [claims](crate::gemm::GemmKernel::claims).
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "no kernel claims"))]
+    pub(crate) claim: Claim,
+}
+
+/// Cache lines that will be written to soon. Addresses are never followed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Claim {
+    pub(crate) row: *const u8,
+    /// Bytes from row to row.
+    pub(crate) stride: usize,
+    /// Bytes from a row's first line to its last.
+    pub(crate) last: usize,
+    pub(crate) rows: usize,
+}
+
+impl Claim {
+    pub(crate) const NONE: Claim = Claim { row: std::ptr::null(), stride: 0, last: 0, rows: 0 };
+
+    /// Asks for all lines.
+    #[inline(always)]
+    pub(crate) fn ask(self) {
+        for r in 0..self.rows {
+            let row = self.row.wrapping_add(r * self.stride);
+            claim(row);
+            claim(row.wrapping_add(self.last));
+        }
+    }
 }
 
 /// A tile function.
@@ -235,6 +266,7 @@ macro_rules! broadcast_kernel {
             },
             steps: $steps,
             taps: 1,
+            claims: false,
             leave: || (),
         };
     };

@@ -124,5 +124,6 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     peak: Peak { run: peak, ops: by_lane::peak_ops::<S8S8>() },
     steps: &super::STEPS,
     taps: 1,
+    claims: false,
     leave: || (),
 };

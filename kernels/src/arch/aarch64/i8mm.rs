@@ -248,6 +248,7 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     peak: Peak { run: peak_u8s8, ops: peak_ops(1) },
     steps: &super::STEPS,
     taps: 1,
+    claims: false,
     leave: || (),
 };
 
@@ -264,5 +265,6 @@ pub(crate) static GEMM_BF16: GemmKernel = GemmKernel {
     peak: Peak { run: peak_bf16, ops: peak_ops(2) },
     steps: &super::STEPS,
     taps: 1,
+    claims: false,
     leave: || (),
 };

@@ -197,6 +197,7 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     peak: Peak { run: peak_u8s8, ops: 2 * ROWS * VECTORS * 32 },
     steps: &super::STEPS,
     taps: 1,
+    claims: false,
     leave: || (),
 };
 
@@ -213,5 +214,6 @@ pub(crate) static GEMM_F32: GemmKernel = GemmKernel {
     peak: Peak { run: peak_f32, ops: by_lane::peak_ops::<F32>() },
     steps: &super::STEPS,
     taps: 1,
+    claims: false,
     leave: || (),
 };

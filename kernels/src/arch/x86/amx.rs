@@ -95,7 +95,7 @@ fn release() {
     }
 }
 
-/// What an asm block reads from memory, as it has more to know than there are registers.
+/// What an asm block keeps in memory, as it has more to know than there are registers.
 #[repr(C)]
 struct Block {
     /// Row 0 of the first tap.
@@ -111,12 +111,16 @@ struct Block {
     b_tap: usize,
     c: *mut u8,
     accumulate: usize,
+    claim_stride: usize,
+    /// Rows to be claimed in a step.
+    claims: usize,
 }
 
 /// An asm block: `zero` or `load` (sums), `step` through k of each tap, and `store` lines. Sums are at `{a0} + {a_stride}`, the
-/// second row tile's at `+ 2048`.
+/// second row tile's at `+ 2048`. Lines of the output are claimed a few in each step: all at once, they would keep the tile's
+/// loads waiting.
 macro_rules! block {
-    ($block:ident, zero: [$($zero:literal)+], load: [$($load:literal)+], step: [$($step:expr),+ $(,)?],
+    ($block:ident, $claim:ident, zero: [$($zero:literal)+], load: [$($load:literal)+], step: [$($step:expr),+ $(,)?],
      store: [$($store:literal)+]) => {
         asm!(
             "/* {a1} is for a second row tile, {b1} for a second panel */",
@@ -129,9 +133,7 @@ macro_rules! block {
             "mov {a_stride}, {c_stride}",
             $($load,)+
             "3:",
-            "mov {taps}, [{block} + {taps_at}]",
             "mov {tap_at}, [{block} + {tap_at_at}]",
-            "mov {b}, [{block} + {b_at}]",
             "mov {a_stride}, [{block} + {a_stride_at}]",
             "4:",
             "mov {a0}, [{tap_at}]",
@@ -139,7 +141,7 @@ macro_rules! block {
             "mov {a1}, {a_stride}",
             "shl {a1}, 4",
             "add {a1}, {a0}",
-            "mov {b0}, {b}",
+            "mov {b0}, [{block} + {b_at}]",
             "mov {b1}, [{block} + {b_stride_at}]",
             "add {b1}, {b0}",
             "mov {steps}, [{block} + {steps_at}]",
@@ -147,6 +149,18 @@ macro_rules! block {
             "jz 6f",
             "5:",
             $($step,)+
+            "test {claim_rows}, {claim_rows}",
+            "jz 8f",
+            "mov {claims}, [{block} + {claims_at}]",
+            "7:",
+            "prefetchw [{claim}]",
+            "prefetchw [{claim} + {claim_last}]",
+            "add {claim}, [{block} + {claim_stride}]",
+            "dec {claim_rows}",
+            "jz 8f",
+            "dec {claims}",
+            "jnz 7b",
+            "8:",
             "add {a0}, 64",
             "add {a1}, 64",
             "add {b0}, 1024",
@@ -155,13 +169,14 @@ macro_rules! block {
             "jnz 5b",
             "6:",
             "add {tap_at}, 8",
-            "add {b}, [{block} + {b_tap_at}]",
-            "dec {taps}",
+            "mov {b0}, [{block} + {b_tap_at}]",
+            "add [{block} + {b_at}], {b0}",
+            "dec qword ptr [{block} + {taps_at}]",
             "jnz 4b",
             "mov {a0}, [{block} + {c}]",
             "mov {a_stride}, {c_stride}",
             $($store,)+
-            block = in(reg) &$block,
+            block = in(reg) &raw mut $block,
             accumulate = const offset_of!(Block, accumulate),
             c = const offset_of!(Block, c),
             taps_at = const offset_of!(Block, taps),
@@ -173,10 +188,14 @@ macro_rules! block {
             b_tap_at = const offset_of!(Block, b_tap),
             steps_at = const offset_of!(Block, steps),
             c_stride = const C_STRIDE,
+            claim_stride = const offset_of!(Block, claim_stride),
+            claims_at = const offset_of!(Block, claims),
             b_row = in(reg) ROW_BYTES,
-            taps = out(reg) _,
+            claim = inout(reg) $claim.row => _,
+            claim_rows = inout(reg) $claim.rows => _,
+            claim_last = in(reg) $claim.last,
+            claims = out(reg) _,
             tap_at = out(reg) _,
-            b = out(reg) _,
             a_stride = out(reg) _,
             a0 = out(reg) _,
             a1 = out(reg) _,
@@ -196,7 +215,7 @@ macro_rules! tile_function {
         unsafe fn $name(t: &TileArgs) {
             let two = t.rows > ROWS;
             configure(if two { [16, (t.rows - ROWS) as u8] } else { [t.rows as u8; 2] });
-            let block = Block {
+            let mut block = Block {
                 a: t.a,
                 tap_at: t.tap_at,
                 taps: t.taps,
@@ -207,12 +226,15 @@ macro_rules! tile_function {
                 b_tap: t.b_tap,
                 c: t.c,
                 accumulate: usize::from(t.accumulate),
+                claim_stride: t.claim.stride,
+                claims: t.claim.rows.div_ceil((t.taps * t.k * $bytes / ROW_BYTES).max(1)),
             };
+            let claim = t.claim;
             // SAFETY: the caller vouches for AMX and for what the arguments describe. Registers are as high as the rows
             // they hold, so nothing else is read or written; a second row tile or panel is touched only where it exists.
             unsafe {
                 match (two, t.panels) {
-                    (true, 2) => block!(block,
+                    (true, 2) => block!(block, claim,
                         zero: ["tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3"],
                         load: ["tileloadd tmm0, [{a0} + {a_stride}]" "tileloadd tmm1, [{a0} + {a_stride} + 64]"
                                "tileloadd tmm2, [{a0} + {a_stride} + 2048]"
@@ -226,7 +248,7 @@ macro_rules! tile_function {
                         store: ["tilestored [{a0} + {a_stride}], tmm0" "tilestored [{a0} + {a_stride} + 64], tmm1"
                                 "tilestored [{a0} + {a_stride} + 2048], tmm2"
                                 "tilestored [{a0} + {a_stride} + 2112], tmm3"]),
-                    (true, _) => block!(block,
+                    (true, _) => block!(block, claim,
                         zero: ["tilezero tmm0" "tilezero tmm2"],
                         load: ["tileloadd tmm0, [{a0} + {a_stride}]" "tileloadd tmm2, [{a0} + {a_stride} + 2048]"],
                         step: ["tileloadd tmm6, [{b0} + {b_row}]", "tileloaddt1 tmm4, [{a0} + {a_stride}]",
@@ -235,7 +257,7 @@ macro_rules! tile_function {
                                concat!($op, " tmm2, tmm5, tmm6"), "tilezero tmm5", "tilezero tmm6"],
                         store: ["tilestored [{a0} + {a_stride}], tmm0"
                                 "tilestored [{a0} + {a_stride} + 2048], tmm2"]),
-                    (false, 2) => block!(block,
+                    (false, 2) => block!(block, claim,
                         zero: ["tilezero tmm0" "tilezero tmm1"],
                         load: ["tileloadd tmm0, [{a0} + {a_stride}]" "tileloadd tmm1, [{a0} + {a_stride} + 64]"],
                         step: ["tileloaddt1 tmm4, [{a0} + {a_stride}]", "tileloadd tmm6, [{b0} + {b_row}]",
@@ -243,7 +265,7 @@ macro_rules! tile_function {
                                "tileloadd tmm7, [{b1} + {b_row}]",
                                concat!($op, " tmm1, tmm4, tmm7"), "tilezero tmm4", "tilezero tmm7"],
                         store: ["tilestored [{a0} + {a_stride}], tmm0" "tilestored [{a0} + {a_stride} + 64], tmm1"]),
-                    (false, _) => block!(block,
+                    (false, _) => block!(block, claim,
                         zero: ["tilezero tmm0"],
                         load: ["tileloadd tmm0, [{a0} + {a_stride}]"],
                         step: ["tileloaddt1 tmm4, [{a0} + {a_stride}]", "tileloadd tmm6, [{b0} + {b_row}]",
@@ -315,6 +337,7 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     peak: Peak { run: peak_u8s8, ops: peak_ops(1) },
     steps: &STEPS,
     taps: MAX_TAPS,
+    claims: true,
     leave: release,
 };
 
@@ -331,5 +354,6 @@ pub(crate) static GEMM_BF16: GemmKernel = GemmKernel {
     peak: Peak { run: peak_bf16, ops: peak_ops(2) },
     steps: &STEPS,
     taps: MAX_TAPS,
+    claims: true,
     leave: release,
 };
