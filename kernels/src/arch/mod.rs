@@ -66,3 +66,12 @@ pub(crate) fn claim(line: *const u8) {
     }
     let _ = line;
 }
+
+/// Lets what this thread has stored past the caches be seen before what it stores from now on.
+pub(crate) fn fence() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: all x86-64 processors have the instruction.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
+}

@@ -9,11 +9,12 @@ use super::chunks::{Chunk, chunks, rows_bytes};
 use super::columns::Columns;
 use super::geometry::{FOLDED_TAPS, Geometry, RowTile, folded};
 use super::steps::{Out, Unpack, Widen};
-use super::strip::{Ahead, Blocks, Strip};
+use super::strip::{Ahead, Blocks, Half, Strip};
 use super::table::{GemmKernel, Types};
 use super::tile::TILE_COLUMNS;
-use super::{Epilogue, Gemm};
+use super::{Activation, Epilogue, Gemm};
 use crate::Workers;
+use crate::arch::fence;
 use crate::layout::{ALIGN, Encoding, TILE_K, TILE_N, Weight};
 use crate::par::Shared;
 use crate::view::{Operand, RowsMut};
@@ -31,6 +32,8 @@ const UNPACKED_BLOCKS: usize = 4;
 const RESIDENT_WEIGHT: usize = 1024 * 1024;
 /// Most panel pairs whose sums a task keeps while chunks go by.
 const GROUP_PAIRS: usize = 8;
+/// An output of so many bytes goes past the caches: it leaves L2 anyway, and fetching its lines first costs more than the products.
+const PAST_BYTES: usize = 8 * 1024 * 1024;
 /// Fewest tasks a call is cut into, where its panels allow.
 const TASKS: usize = 16;
 
@@ -55,6 +58,12 @@ pub(crate) struct Plan<'a> {
     pub(super) keeps: bool,
     /// Tiles of different images are finished differently.
     pub(super) by_image: bool,
+    /// Rows go past the caches.
+    pub(super) past: bool,
+    /// Two pairs of panels make a line.
+    halves: bool,
+    /// Panel pairs whose sums a task keeps while chunks go by.
+    together: usize,
     /// Most rows of a block.
     block_rows: usize,
 }
@@ -67,7 +76,7 @@ struct Buffers<'s> {
     weights: &'s mut [u8],
     /// `[GROUP_PAIRS][block_rows]`, or a tile.
     products: &'s mut [[i32; TILE_COLUMNS]],
-    /// `[GROUP_PAIRS][block_rows]`, where taps are added up.
+    /// `[GROUP_PAIRS][block_rows]`, where taps are added up or half rows wait.
     sums: &'s mut [[f32; TILE_COLUMNS]],
 }
 
@@ -110,6 +119,17 @@ pub(super) fn run(
         (blocks * kernel.block_bytes / row_bytes).min(BLOCK_ROWS).max(kernel.mr)
     };
     let geometry = Geometry::new(&input, &filter, kernel.mr, by_image, rows, folds.then_some(block_rows));
+    let columns = epilogue.activation.columns(weight.shape.n);
+    let out_bytes = match &out {
+        RowsMut::F32(out) => size_of_val(&**out),
+        RowsMut::Bf16(out) => size_of_val(&**out),
+    };
+    let past = kernel.claims
+        && out_bytes >= PAST_BYTES
+        && !epilogue.accumulate
+        && epilogue.residual.is_none()
+        && columns.is_multiple_of(TILE_COLUMNS);
+    let halves = past && !by_tap && epilogue.activation == Activation::Geglu;
     let out = match out {
         RowsMut::F32(out) => Out::F32(Shared::new(out)),
         RowsMut::Bf16(out) => Out::Bf16(Shared::new(out)),
@@ -128,26 +148,38 @@ pub(super) fn run(
         by_tap,
         keeps,
         by_image,
+        past,
+        halves,
+        together: if widens {
+            GROUP_PAIRS
+        } else if halves {
+            2
+        } else {
+            1
+        },
         block_rows,
     };
 
     let blocks = plan.geometry.blocks(block_rows, folds);
     let pairs = weight.shape.panels().div_ceil(PAIR);
     let mut group = pairs;
-    while blocks.len() * pairs.div_ceil(group.max(1)) < TASKS && group > 1 {
-        group = group.div_ceil(2);
+    let least = if halves { 2 } else { 1 };
+    while blocks.len() * pairs.div_ceil(group.max(1)) < TASKS && group > least {
+        group = group.div_ceil(2).next_multiple_of(least);
     }
     let groups = pairs.div_ceil(group.max(1));
     workers.for_each(blocks.len() * groups, |task, scratch| {
         let tiles = blocks[task / groups].clone();
         let first = task % groups * group;
         let mut buffers = plan.cut(scratch);
-        let step = if widens { GROUP_PAIRS } else { 1 };
-        for first in (first..pairs.min(first + group)).step_by(step) {
-            let end = pairs.min(task % groups * group + group).min(first + step);
+        for first in (first..pairs.min(first + group)).step_by(plan.together) {
+            let end = pairs.min(task % groups * group + group).min(first + plan.together);
             plan.run_group(&mut buffers, tiles.clone(), first..end);
         }
         (kernel.leave)();
+        if plan.past {
+            fence();
+        }
     });
 }
 
@@ -155,10 +187,9 @@ impl<'a> Plan<'a> {
     fn cut<'s>(&self, scratch: &'s mut [u8]) -> Buffers<'s> {
         let (rows, scratch) = scratch.split_at_mut(if self.widens { rows_bytes() } else { 0 });
         let (weights, scratch) = scratch.split_at_mut(if self.unpacks { self.kernel.pair_bytes } else { 0 });
-        let pairs = if self.widens { GROUP_PAIRS } else { 1 };
-        let kept = pairs * self.block_rows;
+        let kept = self.together * self.block_rows;
         let products = if self.keeps { kept } else { self.kernel.mr };
-        let sums = if self.by_tap { kept } else { 0 };
+        let sums = if self.by_tap || self.halves { kept } else { 0 };
         let (products, scratch) = scratch.split_at_mut(products * TILE_COLUMNS * 4);
         let sums = &mut scratch[..sums * TILE_COLUMNS * 4];
         Buffers {
@@ -179,21 +210,32 @@ impl<'a> Plan<'a> {
             for (i, pair) in pairs.clone().enumerate() {
                 let kept = i * self.block_rows;
                 let columns = Columns::new(self, pair, Some(chunk));
+                let (sums, held) =
+                    buffers.sums.split_at_mut(if self.by_tap { buffers.sums.len() } else { 0 });
                 let mut strip = Strip {
                     chunk,
                     blocks: self.weights(buffers.weights, pair, columns.panels, chunk, tiles[0].phase),
                     tiles,
                     rows: if self.widens { buffers.rows } else { self.rows() },
                     products: &mut buffers.products[if self.keeps { kept } else { 0 }..],
-                    sums: if self.by_tap { &mut buffers.sums[kept..] } else { &mut [] },
+                    sums: if self.by_tap { &mut sums[kept..] } else { sums },
+                    held,
                     ahead: self.ahead(c, pair, &pairs, tiles),
                     finishes: c + 1 == self.chunks.len(),
+                    holds: self.holds(pair, &pairs),
                     columns: &columns,
                 };
                 // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
                 unsafe { (self.kernel.steps.strip)(self, &mut strip) };
             }
         }
+    }
+
+    /// Which half of lines `pair` of `pairs` makes, where lines of two pairs go past the caches.
+    fn holds(&self, pair: usize, pairs: &Range<usize>) -> Option<Half> {
+        let other = pair ^ 1;
+        let both = self.halves && pairs.contains(&other);
+        both.then_some(if pair < other { Half::First } else { Half::Second })
     }
 
     /// The operand's rows in bytes.

@@ -220,7 +220,8 @@ mod tests {
                             };
                             assert_eq!(taps.len(), kh * kh);
                             for (i, tap) in taps {
-                                let at = tile.base + geometry.offset(tile.phase, i) + r * geometry.operand_step;
+                                let at =
+                                    tile.base + geometry.offset(tile.phase, i) + r * geometry.operand_step;
                                 assert_eq!(
                                     at,
                                     expected(&input, &filter, row, tap),

@@ -118,7 +118,12 @@ impl Target<'_> {
             Out::F32(out) => (out.address(self.at(0)), size_of::<f32>()),
             Out::Bf16(out) => (out.address(self.at(0)), size_of::<bf16>()),
         };
-        Claim { row, stride: self.row_step * self.ldo * bytes, last: (self.columns * bytes).saturating_sub(1), rows }
+        Claim {
+            row,
+            stride: self.row_step * self.ldo * bytes,
+            last: (self.columns * bytes).saturating_sub(1),
+            rows,
+        }
     }
 
     /// First element of row `r`.
@@ -126,6 +131,18 @@ impl Target<'_> {
     fn at(&self, r: usize) -> usize {
         (self.row + r * self.row_step) * self.ldo + self.column
     }
+}
+
+/// Half rows that wait for their other half: `[rows]`, the first columns of each. A line that goes past the caches must do so at
+/// once, and a tile of values and gates makes half of one.
+#[derive(Debug)]
+pub(crate) enum Held<'a> {
+    /// Rows go out as they are.
+    No,
+    /// Rows wait.
+    First(&'a mut [[f32; TILE_COLUMNS]]),
+    /// Rows that have waited go out before these.
+    Second(&'a [[f32; TILE_COLUMNS]]),
 }
 
 /// A tile to be finished.
@@ -140,11 +157,14 @@ pub(crate) struct Finish<'a> {
     pub(crate) residual: Option<Rows<'a>>,
     /// Whether the rows are added to what `out` holds.
     pub(crate) accumulate: bool,
+    /// Whether rows go past the caches where they can.
+    pub(crate) past: bool,
+    pub(crate) held: Held<'a>,
     pub(crate) target: Target<'a>,
 }
 
 #[inline(always)]
-pub(crate) fn finish<S: Simd>(s: S, args: &Finish<'_>) {
+pub(crate) fn finish<S: Simd>(s: S, args: &mut Finish<'_>) {
     match args.target.out {
         Out::F32(out) => finish_to(s, args, out, false),
         Out::Bf16(out) => finish_to(s, args, out, true),
@@ -152,7 +172,7 @@ pub(crate) fn finish<S: Simd>(s: S, args: &Finish<'_>) {
 }
 
 #[inline(always)]
-fn finish_to<S: Simd, T: Element>(s: S, args: &Finish<'_>, out: &Shared<'_, T>, coarse: bool) {
+fn finish_to<S: Simd, T: Element>(s: S, args: &mut Finish<'_>, out: &Shared<'_, T>, coarse: bool) {
     let each = |activation| Each { activation, coarse };
     match args.activation {
         Activation::None => finish_rows(s, args, out, Same),
@@ -252,7 +272,7 @@ fn columns<S: Simd>(s: S, x: &[f32; TILE_COLUMNS]) -> Columns<S::F> {
 #[inline(always)]
 fn finish_rows<S: Simd, T: Element>(
     s: S,
-    args: &Finish<'_>,
+    args: &mut Finish<'_>,
     out: &Shared<'_, T>,
     function: impl RowFunction,
 ) {
@@ -281,7 +301,7 @@ fn finish_rows<S: Simd, T: Element>(
 #[allow(clippy::too_many_arguments)]
 fn finish_row<S: Simd, T: Element>(
     s: S,
-    args: &Finish<'_>,
+    args: &mut Finish<'_>,
     out: &Shared<'_, T>,
     function: impl RowFunction,
     r: usize,
@@ -293,8 +313,25 @@ fn finish_row<S: Simd, T: Element>(
         y[v] = s.add(s.mul(y[v], scale[v]), bias[v]);
     }
     function.apply(s, &mut y);
-    let at = args.target.at(r);
-    let columns = args.target.columns;
+    let mut at = args.target.at(r);
+    let mut columns = args.target.columns;
+    const HALF: usize = TILE_COLUMNS / 2;
+    match &mut args.held {
+        Held::No => {}
+        Held::First(held) => {
+            for v in 0..HALF / S::LANES {
+                s.store(y[v], &mut held[r][v * S::LANES..]);
+            }
+            return;
+        }
+        Held::Second(held) => {
+            for v in 0..HALF / S::LANES {
+                y[HALF / S::LANES + v] = y[v];
+                y[v] = s.load(&held[r][v * S::LANES..]);
+            }
+            (at, columns) = (at - HALF, 2 * columns);
+        }
+    }
     match args.residual {
         Some(Rows::F32(rows)) => add_row(s, &mut y, &rows[at..at + columns]),
         Some(Rows::Bf16(rows)) => add_row(s, &mut y, &rows[at..at + columns]),
@@ -306,12 +343,18 @@ fn finish_row<S: Simd, T: Element>(
         add_row(s, &mut y, out);
     }
     function.last(s, &mut y);
-    for (v, &y) in y.iter().enumerate().take(TILE_COLUMNS / S::LANES) {
-        let at = v * S::LANES;
-        if at + S::LANES <= out.len() {
-            T::store(s, y, &mut out[at..at + S::LANES]);
-        } else if at < out.len() {
-            T::store_partial(s, y, &mut out[at..]);
+    for v in (0..TILE_COLUMNS / S::LANES).step_by(2) {
+        let rest = &mut out[(v * S::LANES).min(columns)..];
+        if rest.len() >= 2 * S::LANES {
+            T::store_two(s, [y[v], y[v + 1]], &mut rest[..2 * S::LANES], args.past);
+        } else {
+            for (&y, rest) in y[v..v + 2].iter().zip(rest.chunks_mut(S::LANES)) {
+                if rest.len() == S::LANES {
+                    T::store(s, y, rest);
+                } else {
+                    T::store_partial(s, y, rest);
+                }
+            }
         }
     }
 }

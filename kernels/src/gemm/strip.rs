@@ -5,7 +5,7 @@ use super::chunks::Chunk;
 use super::columns::Columns;
 use super::driver::{PAIR, Plan};
 use super::geometry::RowTile;
-use super::steps::{AddTap, Finish, Sums, Target, add_tap, finish};
+use super::steps::{AddTap, Finish, Held, Sums, Target, add_tap, finish};
 use super::tile::{Claim, MAX_TAPS, TILE_COLUMNS, TileArgs};
 use crate::arch::prefetch;
 use crate::layout::{ALIGN, TILE_N};
@@ -24,9 +24,20 @@ pub(crate) struct Strip<'s> {
     pub(super) products: &'s mut [[i32; TILE_COLUMNS]],
     /// Of all rows of the tiles, where taps are added up.
     pub(super) sums: &'s mut [[f32; TILE_COLUMNS]],
+    /// Of all rows of the tiles, where half rows wait.
+    pub(super) held: &'s mut [[f32; TILE_COLUMNS]],
     pub(super) ahead: Ahead<'s>,
     /// No chunk comes after this one.
     pub(super) finishes: bool,
+    /// Whether finished rows wait for those of the next pair, or those of the last pair wait for these.
+    pub(super) holds: Option<Half>,
+}
+
+/// Which half of a line a pair makes.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Half {
+    First,
+    Second,
 }
 
 /// Weights as a kernel reads them.
@@ -91,8 +102,11 @@ impl Plan<'_> {
         let mut row = 0;
         for tile in tiles {
             strip.ahead.prefetch();
-            let mut claim =
-                if finishes { self.target(columns, tile).claim(tile.rows) } else { Claim::NONE };
+            let mut claim = if finishes && !self.past {
+                self.target(columns, tile).claim(tile.rows)
+            } else {
+                Claim::NONE
+            };
             if !self.kernel.claims {
                 claim.ask();
                 claim = Claim::NONE;
@@ -104,10 +118,23 @@ impl Plan<'_> {
                 tile.base * row_bytes + reach.first + chunk.k * element
             };
             let rows = &strip.rows[at..];
-            assert!(rows.len() >= reach.last + (tile.rows - 1) * a_stride + k * element, "{tile:?} {chunk:?}");
+            assert!(
+                rows.len() >= reach.last + (tile.rows - 1) * a_stride + k * element,
+                "{tile:?} {chunk:?}"
+            );
             let kept = if self.keeps { row } else { 0 };
             let products = &mut strip.products[kept..kept + tile.rows];
-            self.multiply(products, rows, &reach.taps, a_stride, &strip.blocks, columns.panels, chunk, k, claim);
+            self.multiply(
+                products,
+                rows,
+                &reach.taps,
+                a_stride,
+                &strip.blocks,
+                columns.panels,
+                chunk,
+                k,
+                claim,
+            );
             // At once: the loads would wait for the stores of a tile multiplied meanwhile, a multiple of 4 KiB away.
             let mut sums = None;
             if chunk.last && self.by_tap {
@@ -119,7 +146,12 @@ impl Plan<'_> {
                 sums = Some(&*added);
             }
             if finishes {
-                self.finish(s, columns, tile, products, sums, &mut terms);
+                let held = match strip.holds {
+                    None => Held::No,
+                    Some(Half::First) => Held::First(&mut strip.held[row..row + tile.rows]),
+                    Some(Half::Second) => Held::Second(&strip.held[row..row + tile.rows]),
+                };
+                self.finish(s, columns, tile, products, sums, held, &mut terms);
             }
             row += tile.rows;
         }
@@ -217,6 +249,7 @@ impl Plan<'_> {
         tile: &RowTile,
         products: &[[i32; TILE_COLUMNS]],
         sums: Option<&[[f32; TILE_COLUMNS]]>,
+        held: Held<'_>,
         terms: &mut Terms,
     ) {
         if self.by_image && terms.image != Some(tile.image) {
@@ -230,16 +263,18 @@ impl Plan<'_> {
             }
             None => Sums::Float(bytemuck::cast_slice(products)),
         };
-        let finishing = Finish {
+        let mut finishing = Finish {
             sums,
             scale: &columns.scale,
             bias: &terms.bias,
             activation: self.epilogue.activation,
             residual: self.epilogue.residual,
             accumulate: self.epilogue.accumulate,
+            past: self.past,
+            held,
             target: self.target(columns, tile),
         };
-        finish(s, &finishing);
+        finish(s, &mut finishing);
     }
 
     /// What finishing the tiles of `image` adds.

@@ -79,6 +79,20 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn store_bf16_partial(self, v: Self::F, dst: &mut [bf16]);
     /// Rounds to nearest (ties away from zero) and stores `a[0], b[0], a[1], b[1], ...`, `2 * LANES` elements, none NaN.
     fn store_bf16_pairs(self, a: Self::F, b: Self::F, dst: &mut [bf16]);
+    /// Stores two vectors side by side; with `past` they may go past the caches, so a fence ([`crate::arch::fence`]) is due.
+    #[inline(always)]
+    fn store_two(self, a: Self::F, b: Self::F, dst: &mut [f32], past: bool) {
+        let _ = past;
+        self.store(a, &mut dst[..Self::LANES]);
+        self.store(b, &mut dst[Self::LANES..]);
+    }
+    /// As [`Simd::store_two`], rounded as by [`Simd::store_bf16`].
+    #[inline(always)]
+    fn store_bf16_two(self, a: Self::F, b: Self::F, dst: &mut [bf16], past: bool) {
+        let _ = past;
+        self.store_bf16(a, &mut dst[..Self::LANES]);
+        self.store_bf16(b, &mut dst[Self::LANES..]);
+    }
     /// Stores `LANES` codes of an operand: `round(v) + 128`, saturated to 1 ..= 255.
     fn store_codes(self, v: Self::F, dst: &mut [u8]);
     /// Stores the first `dst.len() < LANES` codes of an operand.
@@ -196,6 +210,8 @@ pub trait Element: Copy + Send + Sync + 'static {
     fn store<S: Simd>(s: S, v: S::F, dst: &mut [Self]);
     /// Stores the first `dst.len() < S::LANES` lanes.
     fn store_partial<S: Simd>(s: S, v: S::F, dst: &mut [Self]);
+    /// See [`Simd::store_two`].
+    fn store_two<S: Simd>(s: S, v: [S::F; 2], dst: &mut [Self], past: bool);
 }
 
 impl Element for f32 {
@@ -221,6 +237,10 @@ impl Element for f32 {
     fn store_partial<S: Simd>(s: S, v: S::F, dst: &mut [f32]) {
         s.store_partial(v, dst);
     }
+    #[inline(always)]
+    fn store_two<S: Simd>(s: S, [a, b]: [S::F; 2], dst: &mut [f32], past: bool) {
+        s.store_two(a, b, dst, past);
+    }
 }
 
 impl Element for bf16 {
@@ -245,6 +265,10 @@ impl Element for bf16 {
     #[inline(always)]
     fn store_partial<S: Simd>(s: S, v: S::F, dst: &mut [bf16]) {
         s.store_bf16_partial(v, dst);
+    }
+    #[inline(always)]
+    fn store_two<S: Simd>(s: S, [a, b]: [S::F; 2], dst: &mut [bf16], past: bool) {
+        s.store_bf16_two(a, b, dst, past);
     }
 }
 

@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::prefetch;
+use crate::layout::ALIGN;
 use crate::simd::{Block, Simd, SimdOp};
 use crate::{bf16, f16};
 
@@ -159,6 +160,32 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         let dst = &mut dst[..16];
         let half = self.narrow_bf16(v);
         tier!(_mm256_storeu_si256(dst.as_mut_ptr().cast(), half))
+    }
+    #[inline(always)]
+    fn store_two(self, a: __m512, b: __m512, dst: &mut [f32], past: bool) {
+        let dst = &mut dst[..32];
+        if past && dst.as_ptr().addr().is_multiple_of(ALIGN) {
+            tier!({
+                _mm512_stream_ps(dst.as_mut_ptr(), a);
+                _mm512_stream_ps(dst.as_mut_ptr().add(16), b);
+            })
+        } else {
+            self.store(a, &mut dst[..16]);
+            self.store(b, &mut dst[16..]);
+        }
+    }
+    #[inline(always)]
+    fn store_bf16_two(self, a: __m512, b: __m512, dst: &mut [bf16], past: bool) {
+        let dst = &mut dst[..32];
+        let (a, b) = (self.narrow_bf16(a), self.narrow_bf16(b));
+        tier!({
+            let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b);
+            if past && dst.as_ptr().addr().is_multiple_of(ALIGN) {
+                _mm512_stream_si512(dst.as_mut_ptr().cast(), both);
+            } else {
+                _mm512_storeu_si512(dst.as_mut_ptr().cast(), both);
+            }
+        })
     }
     #[inline(always)]
     fn store_bf16_partial(self, v: __m512, dst: &mut [bf16]) {
