@@ -33,7 +33,7 @@ const RESIDENT_WEIGHT: usize = 1024 * 1024;
 /// Most panel pairs whose sums a task keeps while chunks go by.
 const GROUP_PAIRS: usize = 8;
 /// An output of so many bytes goes past the caches: it leaves L2 anyway, and fetching its lines first costs more than the products.
-const PAST_BYTES: usize = 8 * 1024 * 1024;
+const PAST_BYTES: usize = 2 * 1024 * 1024;
 /// Fewest tasks a call is cut into, where its panels allow.
 const TASKS: usize = 16;
 
@@ -124,8 +124,7 @@ pub(super) fn run(
         RowsMut::F32(out) => size_of_val(&**out),
         RowsMut::Bf16(out) => size_of_val(&**out),
     };
-    let past = kernel.claims
-        && out_bytes >= PAST_BYTES
+    let past = out_bytes >= PAST_BYTES
         && !epilogue.accumulate
         && epilogue.residual.is_none()
         && columns.is_multiple_of(TILE_COLUMNS);

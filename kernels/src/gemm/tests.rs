@@ -2,6 +2,7 @@
 
 #[cfg(target_os = "linux")]
 mod guarded;
+mod past;
 
 use super::*;
 use crate::Isa;

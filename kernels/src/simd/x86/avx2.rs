@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::prefetch;
+use crate::layout::ALIGN;
 use crate::simd::{Block, Simd, SimdOp};
 use crate::{bf16, f16};
 
@@ -148,6 +149,33 @@ impl Simd for Avx2 {
         let dst = &mut dst[..8];
         let half = self.narrow_bf16(v);
         tier!(_mm_storeu_si128(dst.as_mut_ptr().cast(), half))
+    }
+    #[inline(always)]
+    fn store_two(self, a: __m256, b: __m256, dst: &mut [f32], past: bool) {
+        let dst = &mut dst[..16];
+        if past && dst.as_ptr().addr().is_multiple_of(ALIGN) {
+            tier!({
+                _mm256_stream_ps(dst.as_mut_ptr(), a);
+                _mm256_stream_ps(dst.as_mut_ptr().add(8), b);
+            })
+        } else {
+            self.store(a, &mut dst[..8]);
+            self.store(b, &mut dst[8..]);
+        }
+    }
+    #[inline(always)]
+    fn store_bf16_two(self, a: __m256, b: __m256, dst: &mut [bf16], past: bool) {
+        let dst = &mut dst[..16];
+        let (a, b) = (self.narrow_bf16(a), self.narrow_bf16(b));
+        tier!({
+            let both = _mm256_set_m128i(b, a);
+            // Half a line: the other half comes at once.
+            if past && dst.as_ptr().addr().is_multiple_of(ALIGN / 2) {
+                _mm256_stream_si256(dst.as_mut_ptr().cast(), both);
+            } else {
+                _mm256_storeu_si256(dst.as_mut_ptr().cast(), both);
+            }
+        })
     }
     #[inline(always)]
     fn store_bf16_partial(self, v: __m256, dst: &mut [bf16]) {

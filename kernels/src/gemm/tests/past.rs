@@ -1,0 +1,55 @@
+//! Outputs that go past the caches.
+
+use super::*;
+
+/// `rows` of a call whose operand has as many.
+fn part<'a>(left: &'a Left, stride: usize, rows: std::ops::Range<usize>) -> Operand<'a> {
+    let codes = &left.codes[rows.start * stride..rows.end * stride];
+    Operand::U8 { codes, scale: &left.scale[rows] }
+}
+
+/// A large output, wherever it begins, is what small ones of some of its rows are. Values and gates of two pairs of panels make a
+/// line, of inputs in one chunk and in two.
+#[test]
+fn large_outputs_are_what_small_ones_are() {
+    const M: usize = 1100;
+    const N: usize = 2112;
+    for (activation, k) in [(Activation::None, 70), (Activation::Geglu, 70), (Activation::Geglu, 1400)] {
+        let mut random = Random::new(5);
+        let shape = WeightShape::linear(N, k);
+        let left = Left::new(&mut random, Rank::U8, &ImageShape::rows(M), k, shape.k_padded());
+        let bytes = weight_bytes(&mut random, Encoding::Q8, shape);
+        let columns = activation.columns(N);
+        for kernel in kernels_here().filter(|kernel| kernel.suits(&left.view(), Encoding::Q8)) {
+            if kernel.isa == Isa::Scalar && k > 100 {
+                continue;
+            }
+            let run = |rows: std::ops::Range<usize>, out: &mut [bf16]| {
+                let call = Gemm {
+                    operand: part(&left, shape.k_padded(), rows.clone()),
+                    input: ImageShape::rows(rows.len()),
+                    filter: Filter::POINT,
+                    weight: Weight::new(Encoding::Q8, shape, &bytes),
+                    epilogue: Epilogue { activation, ..Epilogue::default() },
+                    out: RowsMut::Bf16(out),
+                };
+                gemm_with(&Workers::new(3), kernel, call);
+            };
+            let mut whole = vec![bf16::NAN; M * columns + 64];
+            let line = whole.as_ptr().align_offset(64);
+            for first in [line, line + 1] {
+                let whole = &mut whole[first..][..M * columns];
+                whole.fill(bf16::NAN);
+                run(0..M, whole);
+                for rows in [0..40, 500..533, M - 7..M] {
+                    let mut out = vec![bf16::NAN; rows.len() * columns];
+                    run(rows.clone(), &mut out);
+                    let bits = |x: &[bf16]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                    let same = bits(&whole[rows.start * columns..rows.end * columns]) == bits(&out);
+                    assert!(same, "{} {activation:?} {rows:?} of {k}", kernel.name);
+                }
+                assert!(whole.iter().all(|x| x.is_finite()), "{}", kernel.name);
+            }
+        }
+    }
+}
