@@ -18,9 +18,9 @@ use super::{AttentionShape, Mask};
 /// output isn't loaded and stored too often.
 const BLOCK: usize = 96;
 /// The greatest power that is added up before the queries' levels rise.
-const HEADROOM: f32 = 40.0;
+pub(super) const HEADROOM: f32 = 40.0;
 /// A sum below this has lost too much to underflow.
-const FLOOR: f32 = 1e-18;
+pub(super) const FLOOR: f32 = 1e-18;
 
 /// Queries in a block: few where what belongs to them stays in L1, more where every block of queries gets keys and values
 /// from beyond L2.
@@ -78,9 +78,10 @@ impl SimdOp for Pack<'_> {
             Rows::F32(k) => pack_k(s, &self.head, k, self.first, self.k),
             Rows::Bf16(k) => pack_k(s, &self.head, k, self.first, self.k),
         }
+        let tiles = v_tiles(self.head.d);
         match self.head.v {
-            Rows::F32(v) => pack_v(s, &self.head, v, self.first, self.v),
-            Rows::Bf16(v) => pack_v(s, &self.head, v, self.first, self.v),
+            Rows::F32(v) => pack_v(s, &self.head, v, self.first, tiles, self.v),
+            Rows::Bf16(v) => pack_v(s, &self.head, v, self.first, tiles, self.v),
         }
     }
 }
@@ -106,16 +107,24 @@ fn pack_k<S: Simd, T: Element>(s: S, head: &KvHead<'_>, k: &[T], first: usize, o
     }
 }
 
-/// Tiles of V, pairs of keys by columns, keys in the order of [`place`], ones in the first free column of keys that exist.
+/// Tiles of V, `[tiles]` of them by 32 keys: pairs of keys by columns, keys in the order of [`place`], ones in the first free
+/// column, if there is one, of keys that exist.
 #[inline(always)]
-fn pack_v<S: Simd, T: Element>(s: S, head: &KvHead<'_>, v: &[T], first: usize, out: &mut [bf16]) {
-    let d = head.d;
-    for (i, tiles) in out.chunks_exact_mut(v_tiles(d) * TILE).enumerate() {
+pub(super) fn pack_v<S: Simd, T: Element>(
+    s: S,
+    head: &KvHead<'_>,
+    v: &[T],
+    first: usize,
+    tiles: usize,
+    out: &mut [bf16],
+) {
+    for (i, tiles) in out.chunks_exact_mut(tiles * TILE).enumerate() {
         for (c, tile) in (0..).step_by(ROWS).zip(tiles.chunks_exact_mut(TILE)) {
-            let columns = S::LANES.min(d - c);
+            let columns = S::LANES.min(head.d - c);
             for (pair, out) in tile.chunks_exact_mut(WIDTH).enumerate() {
                 let key = first + i * WIDTH + place(2 * pair);
-                let (a, b) = (row(s, head, v, key, c, columns), row(s, head, v, key + 1, c, columns));
+                let (a, b) =
+                    (load_row(s, head, v, key, c, columns), load_row(s, head, v, key + 1, c, columns));
                 s.store_bf16_pairs(a, b, out);
                 if columns < S::LANES {
                     let one = |key: usize| if key < head.nk { bf16::ONE } else { bf16::ZERO };
@@ -128,11 +137,18 @@ fn pack_v<S: Simd, T: Element>(s: S, head: &KvHead<'_>, v: &[T], first: usize, o
 
 /// `columns` numbers of row `key` from column `c` on; zeros past the end.
 #[inline(always)]
-fn row<S: Simd, T: Element>(s: S, head: &KvHead<'_>, v: &[T], key: usize, c: usize, columns: usize) -> S::F {
-    if key >= head.nk {
+pub(super) fn load_row<S: Simd, T: Element>(
+    s: S,
+    head: &KvHead<'_>,
+    x: &[T],
+    key: usize,
+    c: usize,
+    columns: usize,
+) -> S::F {
+    if key >= head.nk || columns == 0 {
         return s.splat(0.0);
     }
-    let row = &v[head.at(key) + c..];
+    let row = &x[head.at(key) + c..];
     if columns == S::LANES { T::load(s, row) } else { T::load_partial(s, &row[..columns]) }
 }
 

@@ -101,13 +101,13 @@ impl DotOp for Pack<'_> {
 
 /// Loads `n` elements, at most `LANES`; the lanes beyond are zero.
 #[inline(always)]
-fn load_some<S: Simd, T: Element>(s: S, src: &[T], n: usize) -> S::F {
+pub(super) fn load_some<S: Simd, T: Element>(s: S, src: &[T], n: usize) -> S::F {
     if n == S::LANES { T::load(s, src) } else { T::load_partial(s, &src[..n]) }
 }
 
 /// Writes the average of some rows of `x` to `mean`.
 #[inline(always)]
-fn sample_mean<S: Simd, T: Element>(s: S, head: &KvHead<'_>, x: &[T], mean: &mut [f32]) {
+pub(super) fn sample_mean<S: Simd, T: Element>(s: S, head: &KvHead<'_>, x: &[T], mean: &mut [f32]) {
     let n = head.nk.min(SAMPLE);
     for c in (0..head.d).step_by(S::LANES) {
         let columns = S::LANES.min(head.d - c);

@@ -93,9 +93,19 @@ const EXACT: f64 = 3e-6;
 /// Relative error of bf16 products, and of bf16 outputs.
 const NARROW: f64 = 1e-2;
 
-/// Relative error of products of bytes, for scores with a deviation of 1: AVX2 has 7 bits of some.
+/// Relative error of products of bytes, for scores with a deviation of 1: AVX2 has 7 bits of some, and of AMX only the
+/// scores are such products.
 fn bytes_bound(isa: Isa) -> f64 {
-    if isa == Isa::Avx2 { 5e-2 } else { 3e-2 }
+    match isa {
+        Isa::Avx2 => 5e-2,
+        Isa::Amx => 1.5e-2,
+        _ => 3e-2,
+    }
+}
+
+/// Whether products of bytes are others than of bf16.
+fn takes_bytes(isa: Isa) -> bool {
+    has_dot(isa) || isa == Isa::Amx
 }
 
 fn shape(batch: usize, nq: usize, nk: usize, heads: usize, d: usize) -> AttentionShape {
@@ -129,7 +139,7 @@ fn every_tier_agrees_with_the_reference() {
             for products in [Products::F32, Products::Bf16, Products::Int8] {
                 let bound = match products {
                     Products::F32 => EXACT,
-                    Products::Int8 if has_dot(isa) => bytes_bound(isa),
+                    Products::Int8 if takes_bytes(isa) => bytes_bound(isa),
                     _ => NARROW,
                 };
                 let e = operands.error(isa, &workers, Mask::None, products, false);
@@ -151,6 +161,12 @@ fn products_of_bytes_agree_with_the_reference() {
     for d in [1, 3, 4, 5, 8, 31, 32, 33, 40, 64, 80, 96, 128, 160, 253, 256, 257] {
         shapes.push(shape(1, 49, 290, 1, d));
     }
+    for nk in [511, 512, 513, 543, 544, 545, 575, 576, 577] {
+        shapes.push(shape(1, 17, nk, 1, 40));
+    }
+    for d in [32, 33, 47, 48, 63, 64, 65, 80, 95, 96, 97] {
+        shapes.push(shape(1, 65, 600, 1, d));
+    }
     for shape in shapes {
         let columns = shape.heads * shape.d;
         for (sharpness, offset, narrow) in [(1.0, 0.0, true), (3.0, 0.0, false), (1.0, 10.0, false)] {
@@ -162,7 +178,7 @@ fn products_of_bytes_agree_with_the_reference() {
                     row.iter_mut().zip(&offsets).for_each(|(x, offset)| *x += offset);
                 }
             }
-            for isa in tiers().into_iter().filter(|&isa| has_dot(isa)) {
+            for isa in tiers().into_iter().filter(|&isa| takes_bytes(isa)) {
                 let e = operands.error(isa, &workers, Mask::None, Products::Int8, narrow);
                 let bound = bytes_bound(isa) * if sharpness > 1.0 { 2.0 } else { 1.0 };
                 assert!(e <= bound, "{isa:?} {shape:?} {sharpness} {offset}: {e}");
@@ -190,23 +206,23 @@ fn products_of_bytes_want_no_more_memory() {
 #[test]
 fn weights_of_bytes_sum_to_one() {
     let workers = Workers::new(1);
-    let shape = shape(1, 50, 700, 1, 32);
+    let shape = shape(1, 50, 700, 1, 40);
     for growth in [-0.1, 0.0, 0.1] {
         let mut operands = Operands::new(shape, 0, 30.0);
-        for (j, key) in operands.k.chunks_exact_mut(32).enumerate() {
+        for (j, key) in operands.k.chunks_exact_mut(40).enumerate() {
             key.iter_mut().for_each(|x| *x *= 70.0 + growth * j as f32);
         }
         operands
             .v
-            .chunks_exact_mut(32)
+            .chunks_exact_mut(40)
             .for_each(|v| v.iter_mut().enumerate().for_each(|(c, x)| *x = c as f32));
         // Queries and keys of nothing but zeros, too.
-        operands.q[..64].fill(0.0);
+        operands.q[..80].fill(0.0);
         for zeros in [false, true] {
             if zeros {
                 operands.k.fill(0.0);
             }
-            for isa in tiers().into_iter().filter(|&isa| has_dot(isa)) {
+            for isa in tiers().into_iter().filter(|&isa| takes_bytes(isa)) {
                 let e = operands.error(isa, &workers, Mask::None, Products::Int8, false);
                 assert!(e <= EXACT, "{isa:?} {growth} {zeros}: {e}");
             }
@@ -276,7 +292,7 @@ fn scores_far_from_zero_have_the_same_softmax() {
 
 #[test]
 fn threads_do_not_change_a_bit() {
-    let shape = shape(2, 100, 300, 3, 40);
+    let shape = shape(2, 100, 600, 3, 40);
     let operands = Operands::new(shape, 0, 2.0);
     for isa in tiers() {
         for products in [Products::F32, Products::Bf16, Products::Int8] {
