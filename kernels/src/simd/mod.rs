@@ -8,10 +8,12 @@ pub mod dot;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 pub(crate) mod scalar;
+pub mod shorts;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86;
 
 use crate::{Isa, bf16, f16};
+use shorts::Shorts;
 
 /// The most lanes that any tier has.
 pub const MAX_LANES: usize = 16;
@@ -39,11 +41,16 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Whether blocks of bf16 are loaded in **split order**: each two vectors hold the even elements of `2 * LANES`, then the
     /// odd ones, which takes an instruction each. Where it is false, split order is the order in memory.
     const SPLITS: bool = false;
-    /// Whether [`Simd::lookup`] is about as fast as a multiplication.
-    const LOOKS_UP: bool = false;
     /// `LANES` f32.
     type F: Copy;
+    /// The tier's fixed-point numbers.
+    type Shorts: Shorts<F = Self::F>;
 
+    /// Where the tier has them.
+    #[inline(always)]
+    fn shorts(self) -> Option<Self::Shorts> {
+        None
+    }
     /// Runs `op` as a function of its own, which keeps its registers to itself.
     fn outline<O: SimdOp>(self, op: O) -> O::Output;
     /// All lanes `x`.
@@ -125,21 +132,6 @@ pub trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn max_abs(self, a: Self::F, most: Self::F) -> Self::F {
         self.max(self.abs(a), most)
-    }
-    /// `a`, at most as far from 0 as `limit`, which is positive.
-    #[inline(always)]
-    fn limit(self, a: Self::F, limit: Self::F) -> Self::F {
-        self.max(self.min(a, limit), self.sub(self.splat(0.0), limit))
-    }
-    /// `table[i]`, `i` the last five bits of each lane.
-    #[inline(always)]
-    fn lookup(self, table: &[f32; 32], lanes: Self::F) -> Self::F {
-        let mut v = [0.0; MAX_LANES];
-        self.store(lanes, &mut v);
-        for v in &mut v {
-            *v = table[v.to_bits() as usize % 32];
-        }
-        self.load(&v)
     }
     /// The nearest integer, ties to even, for magnitudes up to 2^22.
     fn round(self, a: Self::F) -> Self::F;
@@ -286,6 +278,7 @@ pub const fn lanes(isa: Isa) -> usize {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use super::shorts::{MAX_PIECES, Table};
     use super::*;
 
     /// One tier for each kind of vector that this machine runs.
@@ -351,13 +344,10 @@ pub(crate) mod tests {
             }
             each(s.max_abs(v, s.splat(5.0)), &|x| x.abs().max(5.0));
             assert_eq!(get(s.max_abs(s.splat(f32::NAN), s.splat(5.0))), vec![5.0; n]);
-            each(s.limit(v, s.splat(2.5)), &|x| x.clamp(-2.5, 2.5));
-            let table: [f32; 32] = std::array::from_fn(|i| 1.5 * i as f32);
-            // 1.5 * 2^23 moves an integer to the last bits.
-            each(s.lookup(&table, s.add(s.round(v), s.splat(12_582_912.0))), &|x| {
-                table[(x.round_ties_even() as i32 & 31) as usize]
-            });
             block_contract(s);
+            if let Some(shorts) = s.shorts() {
+                shorts_contract(s, shorts);
+            }
             assert!(s.any_lt(v, s.splat(src[0] + 0.1)) && !s.any_lt(v, s.splat(src[0])));
             for e in [-126.0, -5.0, 0.0, 7.0, 127.0] {
                 assert_eq!(get(s.mul_pow2(s.splat(1.25), s.splat(e))), vec![1.25 * 2f32.powi(e as i32); n]);
@@ -410,6 +400,50 @@ pub(crate) mod tests {
         s.store_codes_block(b, bf16::SPLIT, &mut half_codes);
         assert_eq!(codes, wide.iter().map(|&x| code(x)).collect::<Vec<_>>());
         assert_eq!(half_codes, joined.iter().map(|&x| code(x)).collect::<Vec<_>>());
+    }
+
+    /// Numbers of 16 bits, and codes of both kinds, in both orders.
+    fn shorts_contract<S: Simd>(s: S, h: S::Shorts) {
+        let n = 2 * S::LANES;
+        let get = |v: <S::Shorts as Shorts>::V| {
+            let mut out = vec![0i16; n];
+            h.store(v, &mut out);
+            out
+        };
+        let src: Vec<i16> = (0..n as i32).map(|i| (i * 65_535 / (n as i32 - 1) - 32_768) as i16).collect();
+        let v = h.load(&src);
+        let each = |got: <S::Shorts as Shorts>::V, f: &dyn Fn(i32) -> i32| {
+            assert_eq!(get(got), src.iter().map(|&x| f(i32::from(x)) as i16).collect::<Vec<_>>());
+        };
+        let pieces = S::Shorts::PIECES as i32;
+        let table: [i16; MAX_PIECES] = std::array::from_fn(|i| 1009 * i as i16 - 17_000);
+        each(h.lookup(&Table::new(table), h.index(v)), &|x| {
+            i32::from(table[(((x * pieces + (1 << 15)) >> 16) & (pieces - 1)) as usize])
+        });
+        each(h.place(v), &|x| x * pieces);
+        each(h.mul(v, h.splat(-777)), &|x| (x * -777 + (1 << 14)) >> 15);
+        each(h.add(v, h.splat(777)), &|x| x + 777);
+        each(h.add_saturating(v, h.splat(777)), &|x| (x + 777).min(32_767));
+        each(h.max_abs(v, h.splat(777)), &|x| x.abs().max(777));
+        assert_eq!(h.max_lane(h.max_abs(v, h.splat(0))), 32_768);
+        assert_eq!(h.max_lane(h.splat(5)), 5);
+        let wide: Vec<f32> = (0..S::BLOCK).map(|i| (i as f32 - 15.0) * 2300.0).collect();
+        let half: Vec<bf16> = wide.iter().map(|&x| bf16::from_f32(x)).collect();
+        for split in [false, true] {
+            let block = if split { bf16::load_block(s, &half) } else { f32::load_block(s, &wide) };
+            let want: Vec<f32> = if split { half.iter().map(|x| x.to_f32()).collect() } else { wide.clone() };
+            let pair = h.round_block(block, split);
+            let mut codes = vec![0u8; S::BLOCK];
+            h.store_codes_high(pair, split, &mut codes);
+            let code =
+                |x: &f32| ((x.round_ties_even().clamp(-32_768.0, 32_767.0) / 256.0).floor() + 128.0).max(1.0);
+            assert_eq!(codes, want.iter().map(|x| code(x) as u8).collect::<Vec<_>>());
+            let pair = pair.map(|v| h.mul(v, h.splat(127)));
+            h.store_codes_low(pair, split, &mut codes);
+            let scaled =
+                |x: &f32| (x.round_ties_even().clamp(-32_768.0, 32_767.0) * 127.0 / 32_768.0 + 0.5).floor();
+            assert_eq!(codes, want.iter().map(|x| (scaled(x) + 128.0) as u8).collect::<Vec<_>>());
+        }
     }
 
     #[test]
