@@ -112,3 +112,82 @@ impl SiluTable {
 fn silu(x: f64) -> f64 {
     x / (1.0 + (-x).exp())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::tests::tiers;
+    use crate::simd::{Element, Simd, SimdOp, dispatch};
+
+    /// Codes of x, and results for rows, in multiples of 1.
+    struct Run<'a> {
+        x: &'a [f32],
+        range: [f32; 2],
+        coding: Coding,
+    }
+
+    impl SimdOp for Run<'_> {
+        type Output = Option<()>;
+
+        fn run<S: Simd>(self, s: S) -> Option<()> {
+            let h = s.shorts()?;
+            let tables = [
+                SiluTable::codes(S::Shorts::PIECES, self.range, self.coding),
+                SiluTable::rows(S::Shorts::PIECES, self.range),
+            ];
+            for (i, table) in tables.into_iter().enumerate() {
+                let table = table?;
+                for x in self.x.chunks_exact(S::BLOCK) {
+                    let units: Vec<f32> = x.iter().map(|x| x.mul_add(table.factor, table.offset)).collect();
+                    let pair = [h.round_block(f32::load_block(s, &units), false)];
+                    let [pair] = table.of(h, pair);
+                    if i == 0 {
+                        let mut codes = vec![0; S::BLOCK];
+                        h.store_codes_high(pair, false, &mut codes);
+                        for (x, code) in x.iter().zip(codes) {
+                            let Coding { scale, zero } = self.coding;
+                            let want = silu(f64::from(*x)) / f64::from(scale) + f64::from(zero);
+                            assert!(
+                                (f64::from(code) - want).abs() <= 0.5 + 1.0 / 9.0,
+                                "{x}: {code} for {want}"
+                            );
+                        }
+                        continue;
+                    }
+                    let mut got = [0; 64];
+                    let mut want = vec![0.0; S::BLOCK];
+                    h.store(pair[0], &mut got);
+                    h.store(pair[1], &mut got[2 * S::LANES..]);
+                    let mut got = got[..S::BLOCK].to_vec();
+                    want.iter_mut()
+                        .zip(x)
+                        .for_each(|(w, &x)| *w = silu(f64::from(x)) / f64::from(table.unit));
+                    // In an order of their own.
+                    got.sort_unstable();
+                    want.sort_by(f64::total_cmp);
+                    for (got, want) in got.iter().zip(want) {
+                        assert!((f64::from(*got) - want).abs() <= f64::from(table.error), "{got} for {want}");
+                    }
+                }
+            }
+            Some(())
+        }
+    }
+
+    #[test]
+    fn tables_keep_their_bounds() {
+        for range in
+            [[-0.3, 0.4], [-3.0, 1.5], [-6.0, 7.0], [-40.0, 12.0], [-1.0, 15.0], [0.0, 5.0], [-4.0, 0.0]]
+        {
+            let [low, high] = range;
+            let x: Vec<f32> = (0..=8191).map(|i| low + (high - low) * i as f32 / 8191.0).collect();
+            let least = x.iter().map(|&x| silu(f64::from(x))).fold(0.0, f64::min);
+            let scale = (silu(f64::from(high)).max(0.0) - least) / 254.0;
+            let coding = Coding { scale: scale as f32, zero: 1 + (-least / scale).round() as i32 };
+            for isa in tiers() {
+                let served = dispatch(isa, Run { x: &x, range, coding }).is_some();
+                assert_eq!(served, crate::simd::lanes(isa) > 4, "{isa:?} {range:?}");
+            }
+        }
+    }
+}

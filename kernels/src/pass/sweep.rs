@@ -312,14 +312,23 @@ impl<K: Sink<Kind = Pairs>> SweepPairs<'_, K> {
             let kept = &self.kept[part.of_kept(i, self.width)];
             let mut state = self.sink.begin(s, row);
             let [slot] = self.sink.slots([(i, row)], part);
-            for (block, slot) in kept.chunks_exact(S::BLOCK).zip(slot.chunks_mut(S::BLOCK)) {
-                let (a, b) = block.split_at(2 * S::LANES);
-                let pair = [shorts(s).load(a), shorts(s).load(b)];
-                K::put(s, &mut state, pair, split, slot);
+            let (full, rest) = slot.split_at_mut(part.columns - part.columns % S::BLOCK);
+            let (blocks, last) = kept.split_at(full.len());
+            for (block, slot) in blocks.chunks_exact(S::BLOCK).zip(full.chunks_exact_mut(S::BLOCK)) {
+                K::put(s, &mut state, load_pair(s, block), split, slot);
+            }
+            if !rest.is_empty() {
+                K::put(s, &mut state, load_pair(s, last), split, rest);
             }
             self.sink.end(s, state, i);
         }
     }
+}
+
+#[inline(always)]
+fn load_pair<S: Simd>(s: S, block: &[i16]) -> <Pairs as Kind>::Block<S> {
+    let (a, b) = block.split_at(2 * S::LANES);
+    [shorts(s).load(a), shorts(s).load(b)]
 }
 
 /// The parts of `source`, which is not copied: a copy is read again before it has left the store buffer.

@@ -278,7 +278,6 @@ pub const fn lanes(isa: Isa) -> usize {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use super::shorts::{MAX_PIECES, Table};
     use super::*;
 
     /// One tier for each kind of vector that this machine runs.
@@ -346,7 +345,7 @@ pub(crate) mod tests {
             assert_eq!(get(s.max_abs(s.splat(f32::NAN), s.splat(5.0))), vec![5.0; n]);
             block_contract(s);
             if let Some(shorts) = s.shorts() {
-                shorts_contract(s, shorts);
+                shorts::tests::contract(s, shorts);
             }
             assert!(s.any_lt(v, s.splat(src[0] + 0.1)) && !s.any_lt(v, s.splat(src[0])));
             for e in [-126.0, -5.0, 0.0, 7.0, 127.0] {
@@ -400,50 +399,6 @@ pub(crate) mod tests {
         s.store_codes_block(b, bf16::SPLIT, &mut half_codes);
         assert_eq!(codes, wide.iter().map(|&x| code(x)).collect::<Vec<_>>());
         assert_eq!(half_codes, joined.iter().map(|&x| code(x)).collect::<Vec<_>>());
-    }
-
-    /// Numbers of 16 bits, and codes of both kinds, in both orders.
-    fn shorts_contract<S: Simd>(s: S, h: S::Shorts) {
-        let n = 2 * S::LANES;
-        let get = |v: <S::Shorts as Shorts>::V| {
-            let mut out = vec![0i16; n];
-            h.store(v, &mut out);
-            out
-        };
-        let src: Vec<i16> = (0..n as i32).map(|i| (i * 65_535 / (n as i32 - 1) - 32_768) as i16).collect();
-        let v = h.load(&src);
-        let each = |got: <S::Shorts as Shorts>::V, f: &dyn Fn(i32) -> i32| {
-            assert_eq!(get(got), src.iter().map(|&x| f(i32::from(x)) as i16).collect::<Vec<_>>());
-        };
-        let pieces = S::Shorts::PIECES as i32;
-        let table: [i16; MAX_PIECES] = std::array::from_fn(|i| 1009 * i as i16 - 17_000);
-        each(h.lookup(&Table::new(table), h.index(v)), &|x| {
-            i32::from(table[(((x * pieces + (1 << 15)) >> 16) & (pieces - 1)) as usize])
-        });
-        each(h.place(v), &|x| x * pieces);
-        each(h.mul(v, h.splat(-777)), &|x| (x * -777 + (1 << 14)) >> 15);
-        each(h.add(v, h.splat(777)), &|x| x + 777);
-        each(h.add_saturating(v, h.splat(777)), &|x| (x + 777).min(32_767));
-        each(h.max_abs(v, h.splat(777)), &|x| x.abs().max(777));
-        assert_eq!(h.max_lane(h.max_abs(v, h.splat(0))), 32_768);
-        assert_eq!(h.max_lane(h.splat(5)), 5);
-        let wide: Vec<f32> = (0..S::BLOCK).map(|i| (i as f32 - 15.0) * 2300.0).collect();
-        let half: Vec<bf16> = wide.iter().map(|&x| bf16::from_f32(x)).collect();
-        for split in [false, true] {
-            let block = if split { bf16::load_block(s, &half) } else { f32::load_block(s, &wide) };
-            let want: Vec<f32> = if split { half.iter().map(|x| x.to_f32()).collect() } else { wide.clone() };
-            let pair = h.round_block(block, split);
-            let mut codes = vec![0u8; S::BLOCK];
-            h.store_codes_high(pair, split, &mut codes);
-            let code =
-                |x: &f32| ((x.round_ties_even().clamp(-32_768.0, 32_767.0) / 256.0).floor() + 128.0).max(1.0);
-            assert_eq!(codes, want.iter().map(|x| code(x) as u8).collect::<Vec<_>>());
-            let pair = pair.map(|v| h.mul(v, h.splat(127)));
-            h.store_codes_low(pair, split, &mut codes);
-            let scaled =
-                |x: &f32| (x.round_ties_even().clamp(-32_768.0, 32_767.0) * 127.0 / 32_768.0 + 0.5).floor();
-            assert_eq!(codes, want.iter().map(|x| (scaled(x) + 128.0) as u8).collect::<Vec<_>>());
-        }
     }
 
     #[test]
