@@ -20,7 +20,7 @@ const TASKS: usize = 32;
 const PIXELS: usize = 64;
 
 /// Pixels that are added at a time.
-const STEP: usize = 8;
+const STEP: usize = 4;
 
 /// How many numbers [`group_stats`] finds out about an image: mean and reciprocal standard deviation of each group, then least
 /// and greatest element of each channel.

@@ -18,7 +18,7 @@ pub(super) use order::{arrange, filled, restore, width};
 use sink::Part;
 pub(super) use sink::{Codes, Elements, HighCodes, Keep, KeepPairs, LowCodes, Most, Sink, Sums};
 
-/// How many bytes ahead of a sweep memory is asked for: about two pages, which hardware does not look beyond.
+/// How many bytes ahead of a sweep memory is asked for, at least: about two pages, which hardware does not look beyond.
 pub(super) const AHEAD: usize = 4096;
 
 /// A row of the output.
@@ -388,7 +388,9 @@ fn sweep_rows<'a, S: Simd, T: Element, F: Function, K: Sink<Kind = F::Kind>, con
     }
     let zeros = [[s.splat(0.0); BLOCK_VECTORS]; N];
     let mut slots = sink.slots(rows, part);
-    let ahead = if next == 0 { AHEAD } else { next * part.columns * size_of::<T>() };
+    // Whole rows, and as many as go together: each of these asks for what its successor needs.
+    let bytes = part.columns.max(1) * size_of::<T>();
+    let ahead = if next == 0 { AHEAD.next_multiple_of(N * bytes) } else { next * bytes };
     let mut blocks = src.map(|src| src[..whole].chunks_exact(S::BLOCK));
     let mut outs = slots.each_mut().map(|slot| slot[..whole].chunks_exact_mut(S::BLOCK));
     for columns in function.columns::<S>(part.at).take(whole / S::BLOCK) {
