@@ -17,6 +17,7 @@ pub type Pair<V> = [V; 2];
 /// `i * 2^16 / PIECES`, modulo 2^16.
 #[derive(Clone, Copy, Debug)]
 #[repr(align(64))]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only tiers of x86 have `Shorts`"))]
 pub struct Table {
     /// The numbers.
     pub(super) numbers: [i16; MAX_PIECES],
