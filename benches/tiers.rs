@@ -2,7 +2,8 @@
 //! thread, their share of what the same multiplications reach on registers in the same run, 4-bit weights' speed as a share of
 //! 8-bit weights', two threads' as a multiple of one's. Then passes beside a copy.
 //!
-//! `cargo bench -p sdfast-benches --bench tiers [-- --quick] [-- KERNEL]`; `--quick` measures a few layers, shortly.
+//! `cargo bench -p sdfast-benches --bench tiers [-- --quick] [-- KERNEL]`; `--quick` measures a few layers, shortly; a `KERNEL`
+//! called `pass` leaves out all kernels, any other one the passes.
 
 use std::hint::black_box;
 use std::io::Write;
@@ -61,6 +62,9 @@ fn main() {
             let (ratio, threads) = (gops / ceiling, both / gops);
             say(&format!("| {} | {name} | {gops:.0} | {ratio:.2} | {four} | {threads:.2} |", kernel.name));
         }
+    }
+    if only.is_some_and(|only| only != "pass") {
+        return;
     }
     say("\n| pass, one thread | input | GB/s read and written | of a copy of the input |\n|---|---|--:|--:|");
     for size in if quick { &PASSES[..1] } else { &PASSES[..] } {

@@ -1,10 +1,8 @@
 //! Elementary functions on vectors. Bounds hold on every tier, tests check them.
 #![forbid(unsafe_code)]
 
-use std::sync::LazyLock;
-
 use crate::gemm::Activation;
-use crate::simd::{BLOCK_VECTORS, Block, Simd};
+use crate::simd::Simd;
 
 /// `c[0] + c[1] x + c[2] x^2 + ...`
 #[inline(always)]
@@ -83,91 +81,6 @@ pub fn silu<S: Simd>(s: S, x: S::F) -> S::F {
 pub fn silu_coarse<S: Simd>(s: S, x: S::F) -> S::F {
     let power = s.min(s.mul(x, s.splat(-std::f32::consts::LOG2_E)), s.splat(125.0));
     s.mul(x, s.recip_coarse(s.add(s.splat(1.0), exp2_coarse(s, power))))
-}
-
-/// `scale * x * sigmoid(x) + shift`, for tiers that look up numbers fast: a parabola for each piece of x.
-#[derive(Clone, Copy, Debug)]
-#[repr(align(64))]
-pub struct SiluPieces {
-    /// Of `1`, `x` and `x^2` around the multiples 0 to 15 and -16 to -1 of the width.
-    coefficients: [[f32; 32]; 3],
-}
-
-impl SiluPieces {
-    /// The largest error of `x * sigmoid(x)`, which is exact at 0.
-    pub const ERROR: f32 = 4.5e-4;
-    /// The part of x that a parabola serves: the narrower, the farther from `x` or 0 is the function where the parabolas end.
-    const WIDTH: f64 = 0.65;
-    /// The last parabolas, on either side, are straight lines to infinity.
-    const LAST: i32 = 15;
-
-    /// Those of `x * sigmoid(x)`.
-    pub fn get() -> &'static Self {
-        static PIECES: LazyLock<SiluPieces> = LazyLock::new(SiluPieces::fit);
-        &PIECES
-    }
-
-    fn fit() -> Self {
-        let f = |x: f64| x / (1.0 + (-x).exp());
-        // From -1 to 1, near to where the parabola that errs least agrees with the function.
-        let root = 0.75f64.sqrt();
-        let mut coefficients = [[0.0; 32]; 3];
-        for i in -Self::LAST..=Self::LAST {
-            let (center, half) = (f64::from(i) * Self::WIDTH, 0.5 * Self::WIDTH);
-            let [a, b, c] = if i == 0 {
-                // Half of x and an even function.
-                let x = half * root;
-                [0.0, 0.5, (f(x) - 0.5 * x) / (x * x)]
-            } else if i.abs() == Self::LAST {
-                let end = f(half - f64::from(Self::LAST) * Self::WIDTH);
-                [0.5 * end, if i > 0 { 1.0 } else { 0.0 }, 0.0]
-            } else {
-                let (low, middle, high) = (f(center - half * root), f(center), f(center + half * root));
-                let slope = (high - low) / (2.0 * half * root);
-                let bend = (high + low - 2.0 * middle) / (2.0 * (half * root).powi(2));
-                [middle - slope * center + bend * center * center, slope - 2.0 * bend * center, bend]
-            };
-            for (coefficients, x) in coefficients.iter_mut().zip([a, b, c]) {
-                coefficients[i.rem_euclid(32) as usize] = x as f32;
-            }
-        }
-        SiluPieces { coefficients }
-    }
-
-    /// The same of a multiple, shifted.
-    pub fn scaled(&self, scale: f32, shift: f32) -> Self {
-        let mut coefficients = self.coefficients.map(|c| c.map(|c| c * scale));
-        coefficients[0].iter_mut().for_each(|c| *c += shift);
-        SiluPieces { coefficients }
-    }
-
-    /// The function of a block, step by step for all of its vectors: their chains of operations are too long to be followed one
-    /// after the other.
-    #[inline(always)]
-    pub fn of<S: Simd>(&self, s: S, x: Block<S::F>) -> Block<S::F> {
-        /// `1.5 * 2^23`: an integer that is added to it stands in the last bits.
-        const ROUND: f32 = 12_582_912.0;
-        const INVERSE: f32 = 1.0 / SiluPieces::WIDTH as f32;
-        let end = s.splat(SiluPieces::LAST as f32 * SiluPieces::WIDTH as f32);
-        let [a, b, c] = &self.coefficients;
-        let (mut piece, mut y) = (x, x);
-        for piece in &mut piece {
-            *piece = s.limit(*piece, end);
-        }
-        for piece in &mut piece {
-            *piece = s.fma(*piece, s.splat(INVERSE), s.splat(ROUND));
-        }
-        for (y, piece) in y.iter_mut().zip(piece) {
-            *y = s.lookup(c, piece);
-        }
-        for i in 0..BLOCK_VECTORS {
-            y[i] = s.fma(y[i], x[i], s.lookup(b, piece[i]));
-        }
-        for i in 0..BLOCK_VECTORS {
-            y[i] = s.fma(y[i], x[i], s.lookup(a, piece[i]));
-        }
-        y
-    }
 }
 
 /// `x * Phi(x)`, `Phi` the normal distribution function: `0.5 x (1 + erf(x / sqrt 2))`. Within 4 ULP of `x`.
@@ -349,27 +262,6 @@ mod tests {
                 let want = reference::activation(Activation::Silu, f64::from(x));
                 assert!(
                     (f64::from(y) - want).abs() <= 4e-4 * want.abs() + 1e-36,
-                    "{isa:?}: {x}: {y} for {want}"
-                );
-            }
-            struct Pieces<'a>(&'a mut [f32]);
-            impl SimdOp for Pieces<'_> {
-                type Output = ();
-                #[inline(always)]
-                fn run<S: Simd>(self, s: S) {
-                    for c in self.0.chunks_exact_mut(S::LANES) {
-                        s.store(SiluPieces::get().of(s, [s.load(c); BLOCK_VECTORS])[0], c);
-                    }
-                }
-            }
-            let mut pieced = xs.clone();
-            dispatch(isa, Pieces(&mut pieced));
-            for (&x, y) in xs.iter().zip(pieced) {
-                let want = reference::activation(Activation::Silu, f64::from(x));
-                let error = (f64::from(y) - want).abs();
-                let relative = error / want.abs().max(1.0);
-                assert!(
-                    relative <= f64::from(SiluPieces::ERROR) && (x != 0.0 || y == 0.0),
                     "{isa:?}: {x}: {y} for {want}"
                 );
             }

@@ -1,6 +1,8 @@
 //! One walk over a tensor: read one or two sources, normalize, activate, write it as rows or as the operand of a GEMM.
 
+mod columns;
 mod rows;
+mod silu;
 mod stats;
 mod sweep;
 
@@ -11,6 +13,7 @@ use crate::par::{SCRATCH_BYTES, Shared};
 use crate::simd::{MAX_BLOCK, dispatch};
 use crate::view::{ImageShape, OperandMut, Rows, RowsMut};
 use crate::{Isa, Workers};
+use columns::{Prepare, Scales};
 use rows::Chunk;
 pub use stats::{
     group_codings, group_finish, group_stats, group_sums, range_codings, stats_len, sums_len, sums_rows,
@@ -216,11 +219,26 @@ impl Walk<'_> {
         };
         assert_eq!(elements, rows * self.stride, "operand of {rows} x {}", self.stride);
 
+        let scales = match &out {
+            OperandMut::U8 { .. } => Some(Scales::Rows),
+            OperandMut::U8Uniform { images, .. } => Some(Scales::Images(images)),
+            _ => None,
+        };
+        let prepared = dispatch(isa, Prepare { source: self.source, recipe: self.recipe, scales });
         let chunk = (TASK_ELEMENTS / columns.max(1)).clamp(8, 512);
         let tasks = rows.div_ceil(chunk);
         let part = |task: usize| (task * chunk, chunk.min(rows - task * chunk));
         let task = |task: usize, scratch: &mut [u8], out: OperandMut<'_>| {
-            dispatch(isa, Chunk { walk: self, first: part(task).0, out, scratch: cast_slice_mut(scratch) });
+            dispatch(
+                isa,
+                Chunk {
+                    walk: self,
+                    columns: &prepared,
+                    first: part(task).0,
+                    out,
+                    scratch: cast_slice_mut(scratch),
+                },
+            );
         };
         match out {
             OperandMut::U8 { codes, scale } => {

@@ -4,21 +4,23 @@
 
 use std::ops::Range;
 
+use bytemuck::cast_slice_mut;
+
 use crate::bf16;
 use crate::gemm::Activation;
-use crate::math::SiluPieces;
 use crate::simd::{Simd, SimdOp};
 use crate::view::{Coding, ImageShape, OperandMut, Rows};
 
-use super::stats::stats_len;
+use super::columns::Columns;
+use super::silu::SiluTable;
 use super::sweep::{
-    Activate, Affine, AffineSilu, Codes, Elements, Function, Keep, Most, Rounded, Row, Same, Sink, Standard,
-    Sums, Sweep, SweepKept, arrange, width,
+    Activate, Affine, AffineSilu, Codes, Elements, Floats, Function, HighCodes, Keep, KeepPairs, LowCodes,
+    Most, Row, Same, Sink, Standard, Sums, Sweep, SweepKept, SweepPairs, width,
 };
 use super::{Norm, Recipe, Source, Walk};
 
-/// Rows of f32, filled up to whole blocks, that fit into a task's scratch memory.
-pub(super) const SCRATCH_ROWS: usize = 6;
+/// Rows of f32, filled up to whole blocks, that must fit into a task's scratch memory: those of the statistics.
+pub(super) const SCRATCH_ROWS: usize = 7;
 
 /// Rows that are made together, so that what waits for a whole row waits for all of them at once.
 const ROWS: usize = 16;
@@ -26,16 +28,16 @@ const ROWS: usize = 16;
 /// Elements of the rows that are kept: half of L1.
 const KEPT: usize = 6 * 1024;
 
+/// Results of SiLU in 16 bits make a row of codes where their error is less than a part of a step, the inverse of this.
+const STEPS: f32 = 6.0;
+
 /// The least magnitude that gets a scale: a row of smaller numbers is a row of zeros.
 const LEAST: f32 = 1e-30;
-
-/// SiLU is made of pieces where the numbers that 8 bits span are in a range at least this wide: their error is then less than a
-/// ninth of a step.
-const PIECES_RANGE: f32 = 2300.0 * SiluPieces::ERROR;
 
 /// Some output rows of a pass.
 pub(super) struct Chunk<'a> {
     pub(super) walk: Walk<'a>,
+    pub(super) columns: &'a Columns,
     /// The output row that `out` begins with.
     pub(super) first: usize,
     pub(super) out: OperandMut<'a>,
@@ -59,6 +61,8 @@ struct Maker<'a> {
     activation: Activation,
     /// That are left to be multiplied behind the activation.
     factors: Option<&'a [f32]>,
+    /// The norm and SiLU in 16 bits, where the rows are made of these and the output has 8 bits.
+    silu: Option<AffineSilu<'a>>,
 }
 
 impl SimdOp for Chunk<'_> {
@@ -66,112 +70,36 @@ impl SimdOp for Chunk<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        let Walk { source, image, recipe: Recipe { norm, activation, factors }, stride } = self.walk;
-        let width = width::<S>(&source);
-        let (factor, rest) = self.scratch.split_at_mut(width);
-        let (offset, rest) = rest.split_at_mut(width);
-        let (times, kept) = rest.split_at_mut(width);
-        // Where nothing lies between, norm and factors are one.
-        let joined = factors.filter(|_| activation == Activation::None);
-        let factors = factors.filter(|_| activation != Activation::None).map(|factors| {
-            arrange::<S>(&source, factors, times);
-            &*times
-        });
-        let (mut image_of_columns, mut ready) = (usize::MAX, 0);
-        let mut waiting = [Row::default(); ROWS];
-        let most = (KEPT / width.max(1)).clamp(1, ROWS);
+        let Walk { source, image, recipe: Recipe { norm, activation, .. }, stride } = self.walk;
+        let together = (KEPT / width::<S>(&source).max(1)).clamp(1, ROWS);
         let rows = self.out.len() / stride.max(1);
-        let mut pixels = image.pixels_from(self.first);
-        for i in 0..=rows {
-            let place = if i < rows { pixels.next().flatten() } else { None };
-            let other = place.is_some_and(|(b, _)| b != image_of_columns);
-            if ready == most || ready > 0 && (other || i == rows) {
-                let columns = Affine { factor, offset };
-                let norming = match norm {
-                    Norm::None if joined.is_none() => Norming::Same,
-                    Norm::None | Norm::Group { .. } => Norming::Affine(columns),
-                    Norm::Layer { eps, .. } => Norming::Layer { columns, eps },
+        let mut row = 0;
+        while row < rows {
+            let Run { image: b, pixel, rows: n } = image.run(self.first + row, rows - row);
+            if let Some(pixel) = pixel {
+                let norming = match (norm, self.columns.norm(b)) {
+                    (Norm::Layer { eps, .. }, Some(columns)) => Norming::Layer { columns, eps },
+                    (_, Some(columns)) => Norming::Affine(columns),
+                    (_, None) => Norming::Same,
                 };
-                let maker = Maker { source, norming, activation, factors };
-                maker.write(s, &mut waiting[..ready], image_of_columns, kept, &mut self.out, stride);
-                ready = 0;
-            }
-            if i == rows {
-                break;
-            }
-            let Some((b, pixel)) = place else {
-                self.out.zero_row(i, stride, image.image(self.first + i));
-                continue;
-            };
-            if other {
-                set_columns::<S>(&source, norm, joined, b, [factor, offset], kept);
-                image_of_columns = b;
-            }
-            waiting[ready] = Row { row: i, pixel, ..Row::default() };
-            ready += 1;
-        }
-    }
-}
-
-/// The numbers that columns of image `b` are multiplied by and that are added to them; `scratch` has a row.
-#[inline(always)]
-fn set_columns<S: Simd>(
-    source: &Source<'_>,
-    norm: Norm<'_>,
-    factors: Option<&[f32]>,
-    b: usize,
-    [factor, offset]: [&mut [f32]; 2],
-    scratch: &mut [f32],
-) {
-    let columns = source.columns();
-    let natural = &mut scratch[..columns];
-    match norm {
-        Norm::None if factors.is_none() => {}
-        Norm::None => {
-            natural.fill(1.0);
-            set::<S>(source, factors, natural, factor);
-            natural.fill(0.0);
-            set::<S>(source, factors, natural, offset);
-        }
-        Norm::Group { stats, groups, gamma, beta } => {
-            let stats = &stats[b * stats_len(groups, columns)..][..2 * groups];
-            let size = columns / groups;
-            let parts = || natural_groups(stats, size);
-            for (range, [_, rstd]) in parts() {
-                for (x, gamma) in natural[range.clone()].iter_mut().zip(&gamma[range]) {
-                    *x = rstd * gamma;
+                let (factors, silu) = (self.columns.times(), self.columns.silu(b));
+                let maker = Maker { source, norming, activation, factors, silu };
+                for first in (0..n).step_by(together) {
+                    // Each whole, and all of them, which takes as many stores.
+                    let mut made: [Row; ROWS] = std::array::from_fn(|i| Row {
+                        row: row + first + i,
+                        pixel: pixel + first + i,
+                        ..Row::default()
+                    });
+                    let made = &mut made[..together.min(n - first)];
+                    maker.write(s, made, b, self.scratch, &mut self.out, stride);
                 }
+            } else {
+                self.out.zero_rows(row * stride..(row + n) * stride, row..row + n, b);
             }
-            set::<S>(source, factors, natural, factor);
-            for (range, [mean, rstd]) in parts() {
-                let columns = gamma[range.clone()].iter().zip(&beta[range.clone()]);
-                for (x, (gamma, beta)) in natural[range].iter_mut().zip(columns) {
-                    *x = beta - mean * (rstd * gamma);
-                }
-            }
-            set::<S>(source, factors, natural, offset);
-        }
-        Norm::Layer { gamma, beta, .. } => {
-            natural.copy_from_slice(gamma);
-            set::<S>(source, factors, natural, factor);
-            natural.copy_from_slice(beta);
-            set::<S>(source, factors, natural, offset);
+            row += n;
         }
     }
-}
-
-/// Arranges `natural`, multiplied by `factors`.
-#[inline(always)]
-fn set<S: Simd>(source: &Source<'_>, factors: Option<&[f32]>, natural: &mut [f32], to: &mut [f32]) {
-    if let Some(factors) = factors {
-        natural.iter_mut().zip(factors).for_each(|(x, f)| *x *= f);
-    }
-    arrange::<S>(source, natural, to);
-}
-
-/// The channels of each group of `size`, with its mean and reciprocal standard deviation.
-fn natural_groups(stats: &[f32], size: usize) -> impl Iterator<Item = (Range<usize>, [f32; 2])> {
-    stats.as_chunks().0.iter().enumerate().map(move |(g, &stats)| (g * size..(g + 1) * size, stats))
 }
 
 impl Maker<'_> {
@@ -193,20 +121,18 @@ impl Maker<'_> {
         match out {
             OperandMut::U8 { codes, scale } => {
                 fill_slack(codes, rows, columns..stride, 128);
-                self.write_scaled(s, rows, kept, codes, scale, stride);
+                match self.silu {
+                    Some(silu) => self.write_silu(s, rows, silu, kept, codes, scale, stride),
+                    None => self.write_scaled(s, rows, kept, codes, scale, stride),
+                }
             }
             OperandMut::U8Uniform { codes, images } => {
                 fill_slack(codes, rows, columns..stride, 128);
                 let Coding { scale, zero } = images[b];
                 let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
                 let shift = (zero - 128) as f32;
-                if 254.0 * scale >= PIECES_RANGE
-                    && let Some((affine, pieces)) = self.pieces::<S>()
-                {
-                    // They make codes at once.
-                    let pieces = pieces.scaled(inverse, shift);
-                    let sink = Rounded { codes, stride };
-                    self.sweep(s, rows, AffineSilu(affine, &pieces), sink);
+                if let Some(silu) = self.silu {
+                    self.sweep(s, rows, silu, HighCodes { codes, stride });
                 } else {
                     rows.iter_mut().for_each(|row| row.inverse = inverse);
                     self.make(s, rows, true, kept, Codes { codes, stride, shift });
@@ -242,14 +168,7 @@ impl Maker<'_> {
         if bare {
             self.sweep(s, rows, Same, Most(most));
         } else {
-            if let Some((columns, pieces)) = self.pieces::<S>() {
-                let sink = Keep { kept: &mut *kept, width, most: &mut *most };
-                self.sweep(s, rows, AffineSilu(columns, pieces), sink);
-            }
-            if most.iter().any(|&most| most < PIECES_RANGE) {
-                most.fill(0.0);
-                self.keep(s, rows, true, Keep { kept: &mut *kept, width, most: &mut *most });
-            }
+            self.keep(s, rows, true, Keep { kept: &mut *kept, width, most: &mut *most });
         }
         for (row, &mut most) in rows.iter_mut().zip(most) {
             (row.inverse, scale[row.row]) =
@@ -263,22 +182,53 @@ impl Maker<'_> {
         }
     }
 
-    /// The norm and SiLU of pieces, where these are what rows of 8 bits are made of.
+    /// As [`Maker::write_scaled`], of 16-bit numbers, but for rows whose greatest is so small that these would be too coarse.
     #[inline(always)]
-    fn pieces<S: Simd>(&self) -> Option<(Affine<'_>, &'static SiluPieces)> {
-        match self.norming {
-            Norming::Affine(columns)
-                if S::LOOKS_UP && self.factors.is_none() && self.activation == Activation::Silu =>
-            {
-                Some((columns, SiluPieces::get()))
+    #[allow(clippy::too_many_arguments)]
+    fn write_silu<S: Simd>(
+        &self,
+        s: S,
+        rows: &mut [Row],
+        silu: AffineSilu<'_>,
+        kept: &mut [f32],
+        codes: &mut [u8],
+        scale: &mut [f32],
+        stride: usize,
+    ) {
+        let AffineSilu(_, &SiluTable { unit, error, .. }) = silu;
+        let width = width::<S>(&self.source);
+        let mut most = [0; ROWS];
+        let most = &mut most[..rows.len()];
+        let pairs: &mut [i16] = cast_slice_mut(&mut *kept);
+        self.sweep(s, rows, silu, KeepPairs { kept: pairs, width, most: &mut *most });
+        let least = 127.0 * STEPS * error;
+        let (mut weak, mut n) = ([Row::default(); ROWS], 0);
+        for (row, &mut most) in rows.iter_mut().zip(most) {
+            let most = f32::from(most);
+            if most < least {
+                weak[n] = *row;
+                n += 1;
             }
-            _ => None,
+            scale[row.row] = most * unit / 127.0;
+            row.times = (127.0 * 32_768.0 / most.max(least)) as i16;
+        }
+        let sink = LowCodes { codes: &mut *codes, stride };
+        s.outline(SweepPairs { source: &self.source, rows, kept: pairs, width, sink });
+        if n > 0 {
+            self.write_scaled(s, &mut weak[..n], kept, codes, scale, stride);
         }
     }
 
     /// Hands `rows` to `sink`, whose output is `coarse`; by way of `kept` where there is an activation.
     #[inline(always)]
-    fn make<S: Simd>(&self, s: S, rows: &[Row], coarse: bool, kept: &mut [f32], sink: impl Sink) {
+    fn make<S: Simd>(
+        &self,
+        s: S,
+        rows: &[Row],
+        coarse: bool,
+        kept: &mut [f32],
+        sink: impl Sink<Kind = Floats>,
+    ) {
         if self.activation == Activation::None {
             return self.normalize(s, rows, sink);
         }
@@ -301,17 +251,20 @@ impl Maker<'_> {
 
     /// Hands `rows` to `sink` as they are before the activation.
     #[inline(always)]
-    fn normalize<S: Simd>(&self, s: S, rows: &[Row], sink: impl Sink) {
+    fn normalize<S: Simd>(&self, s: S, rows: &[Row], sink: impl Sink<Kind = Floats>) {
         match self.norming {
             Norming::Same => self.sweep(s, rows, Same, sink),
             Norming::Affine(columns) => self.sweep(s, rows, columns, sink),
-            Norming::Layer { columns, .. } => self.sweep(s, rows, Standard(columns), sink),
+            Norming::Layer { columns, .. } => {
+                let function = Standard(columns);
+                s.outline(Sweep { source: &self.source, rows, next: rows.len(), function, sink });
+            }
         }
     }
 
     #[inline(always)]
-    fn sweep<S: Simd>(&self, s: S, rows: &[Row], function: impl Function, sink: impl Sink) {
-        s.outline(Sweep { source: &self.source, rows, function, sink });
+    fn sweep<S: Simd, F: Function>(&self, s: S, rows: &[Row], function: F, sink: impl Sink<Kind = F::Kind>) {
+        s.outline(Sweep { source: &self.source, rows, next: 0, function, sink });
     }
 
     /// Means and deviations of `rows`.
@@ -354,31 +307,30 @@ fn fill_slack<T: Copy>(out: &mut [T], rows: &[Row], slack: Range<usize>, x: T) {
 }
 
 impl ImageShape {
-    /// The image of operand row `row`.
-    #[inline(always)]
-    fn image(&self, row: usize) -> usize {
-        row / (self.full_h() * self.full_w())
-    }
-
-    /// The images and the source pixels that the operand rows from `first` on hold, none on the border.
-    #[inline(always)]
-    fn pixels_from(self, first: usize) -> impl Iterator<Item = Option<(usize, usize)>> {
+    /// The run of at most `most` operand rows that begins with row `first`.
+    fn run(&self, first: usize, most: usize) -> Run {
         let (full_h, full_w) = (self.full_h(), self.full_w());
-        let (line, mut x) = (first / full_w, first % full_w);
-        let (mut b, mut y) = (line / full_h, line % full_h);
-        std::iter::repeat_with(move || {
-            let (row, column) = (y.wrapping_sub(self.border.top), x.wrapping_sub(self.border.left));
-            let pixel = (row < self.h && column < self.w).then(|| (b, (b * self.h + row) * self.w + column));
-            x += 1;
-            if x == full_w {
-                (x, y) = (0, y + 1);
-            }
-            if y == full_h {
-                (y, b) = (0, b + 1);
-            }
-            pixel
-        })
+        let (line, x) = (first / full_w, first % full_w);
+        let (b, y) = (line / full_h, line % full_h);
+        let (row, column) = (y.wrapping_sub(self.border.top), x.wrapping_sub(self.border.left));
+        let pixel = (row < self.h && column < self.w).then(|| (b * self.h + row) * self.w + column);
+        let end = if row < self.h && x < self.border.left {
+            self.border.left
+        } else if pixel.is_some() {
+            self.border.left + self.w
+        } else {
+            full_w
+        };
+        Run { image: b, pixel, rows: most.min(end - x) }
     }
+}
+
+/// Operand rows of one line, next to each other.
+struct Run {
+    image: usize,
+    /// The first row's pixel of the source; none on the border.
+    pixel: Option<usize>,
+    rows: usize,
 }
 
 impl OperandMut<'_> {
@@ -391,17 +343,16 @@ impl OperandMut<'_> {
         }
     }
 
-    fn zero_row(&mut self, i: usize, stride: usize, image: usize) {
+    /// Makes `rows`, whose elements are `range`, zeros of image `b`.
+    fn zero_rows(&mut self, range: Range<usize>, rows: Range<usize>, b: usize) {
         match self {
             OperandMut::U8 { codes, scale } => {
-                codes[i * stride..(i + 1) * stride].fill(128);
-                scale[i] = 0.0;
+                codes[range].fill(128);
+                scale[rows].fill(0.0);
             }
-            OperandMut::U8Uniform { codes, images } => {
-                codes[i * stride..(i + 1) * stride].fill(images[image].zero as u8);
-            }
-            OperandMut::Bf16(out) => out[i * stride..(i + 1) * stride].fill(bf16::ZERO),
-            OperandMut::F32(out) => out[i * stride..(i + 1) * stride].fill(0.0),
+            OperandMut::U8Uniform { codes, images } => codes[range].fill(images[b].zero as u8),
+            OperandMut::Bf16(out) => out[range].fill(bf16::ZERO),
+            OperandMut::F32(out) => out[range].fill(0.0),
         }
     }
 }

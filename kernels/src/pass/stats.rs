@@ -14,7 +14,7 @@ use super::{Norm, Recipe, Source};
 use crate::gemm::Activation;
 
 /// Tasks that share one image.
-const TASKS: usize = 64;
+const TASKS: usize = 32;
 
 /// Pixels whose sums are kept in f32 before they are added up in f64.
 const PIXELS: usize = 64;
@@ -247,7 +247,7 @@ impl Source<'_> {
 impl SimdOp for Moments<'_> {
     type Output = ();
 
-    /// Sums over [`PIXELS`] pixels at a time, per channel, of the differences to a sample of its group in the first of them: these
+    /// Sums over [`PIXELS`] pixels at a time, per channel, of the differences to a sample of its group in the first pixel: these
     /// are small where the mean is far from zero.
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
@@ -258,17 +258,18 @@ impl SimdOp for Moments<'_> {
         let (sum, rest) = rest.split_at_mut(width);
         let (squares, rest) = rest.split_at_mut(width);
         let (least, rest) = rest.split_at_mut(width);
-        let (most, natural) = rest.split_at_mut(width);
-        let natural = &mut natural[..columns];
+        let (most, rest) = rest.split_at_mut(width);
+        let (natural, ordered) = rest.split_at_mut(columns);
+        let ordered = &mut ordered[..columns];
         least.fill(f32::INFINITY);
         most.fill(f32::NEG_INFINITY);
         let last = self.rows.end;
+        for (g, group) in natural.chunks_exact_mut(size).enumerate() {
+            group.fill(self.source.sample(self.rows.start, g * size, size));
+        }
+        arrange::<S>(&self.source, natural, shift);
         for first in self.rows.step_by(PIXELS) {
             let n = PIXELS.min(last - first);
-            for (g, group) in natural.chunks_exact_mut(size).enumerate() {
-                group.fill(self.source.sample(first, g * size, size));
-            }
-            arrange::<S>(&self.source, natural, shift);
             sum.fill(0.0);
             squares.fill(0.0);
             let mut at = 0;
@@ -287,24 +288,38 @@ impl SimdOp for Moments<'_> {
                     Rows::Bf16(pixels) => channels.add_all(s, pixels, c),
                 }
             }
-            let shifts = natural.iter().step_by(size);
-            restore(s, &self.source, sum, shift);
-            restore(s, &self.source, squares, sum);
-            let sums = shift.chunks_exact(size).zip(sum.chunks_exact(size));
+            let moments = self.moments.as_chunks_mut::<2>().0;
             let count = (n * size) as f64;
-            for ((out, &k), (sums, squares)) in
-                self.moments.as_chunks_mut::<2>().0.iter_mut().zip(shifts).zip(sums)
-            {
-                let [sum, squares] = [sums, squares].map(|x| f64::from(x.iter().sum::<f32>()));
-                let k = f64::from(k);
-                out[0] += count * k + sum;
-                out[1] += (count * k + 2.0 * sum) * k + squares;
-            }
+            restore(s, &self.source, sum, ordered);
+            for_groups(ordered, size, |g, sum| {
+                let k = f64::from(natural[g * size]);
+                moments[g][0] += count * k + sum;
+                moments[g][1] += (count * k + 2.0 * sum) * k;
+            });
+            restore(s, &self.source, squares, ordered);
+            for_groups(ordered, size, |g, squares| moments[g][1] += squares);
         }
         restore(s, &self.source, least, sum);
         restore(s, &self.source, most, squares);
         for (range, (&least, &most)) in self.ranges.iter_mut().zip(sum.iter().zip(&*squares)) {
             *range = [least, most];
+        }
+    }
+}
+
+/// Calls `f` with every group of `size` channels and its sum. Several sums are made at a time, which don't wait for each other.
+#[inline(always)]
+fn for_groups(channels: &[f32], size: usize, mut f: impl FnMut(usize, f64)) {
+    const TOGETHER: usize = 8;
+    for (first, groups) in channels.chunks(TOGETHER * size).enumerate() {
+        let mut sums = [0f32; TOGETHER];
+        for i in 0..size {
+            for (sum, group) in sums.iter_mut().zip(groups.chunks_exact(size)) {
+                *sum += group[i];
+            }
+        }
+        for (i, &sum) in sums[..groups.len() / size].iter().enumerate() {
+            f(TOGETHER * first + i, f64::from(sum));
         }
     }
 }

@@ -1,90 +1,25 @@
 //! Walks over some rows, block by block: what a block is put through, and where it goes.
-//!
-//! Blocks are in the order in which their part of the row is loaded ([`Simd::SPLITS`]), and so are the parameters of columns
-//! that meet them ([`arrange`]). The last block of a part is filled up with zeros.
 #![forbid(unsafe_code)]
 
-use crate::bf16;
+mod order;
+mod sink;
+
+use std::ops::Range;
+
 use crate::gemm::Activation;
-use crate::math::{self, SiluPieces};
+use crate::math;
+use crate::simd::shorts::{Pair, Shorts};
 use crate::simd::{BLOCK_VECTORS, Block, Element, MAX_BLOCK, Simd, SimdOp};
 use crate::view::Rows;
 
 use super::Source;
+use super::silu::SiluTable;
+pub(super) use order::{arrange, filled, restore, width};
+use sink::Part;
+pub(super) use sink::{Codes, Elements, HighCodes, Keep, KeepPairs, LowCodes, Most, Sink, Sums};
 
-/// How many bytes ahead of a sweep memory is asked for: about two pages, which hardware does not look beyond.
+/// How many bytes ahead of a sweep memory is asked for, at least: about two pages, which hardware does not look beyond.
 pub(super) const AHEAD: usize = 4096;
-
-/// Columns of a part of `columns`, filled up to whole blocks.
-#[inline(always)]
-pub(super) fn filled<S: Simd>(columns: usize) -> usize {
-    columns.next_multiple_of(S::BLOCK)
-}
-
-/// Columns of all parts of `source`, filled up to whole blocks.
-#[inline(always)]
-pub(super) fn width<S: Simd>(source: &Source<'_>) -> usize {
-    source.parts.iter().flatten().map(|part| filled::<S>(part.1)).sum()
-}
-
-/// Whether blocks of `rows` come in split order.
-#[inline(always)]
-fn split<S: Simd>(rows: &Rows<'_>) -> bool {
-    match rows {
-        Rows::F32(_) => S::SPLITS && f32::SPLIT,
-        Rows::Bf16(_) => S::SPLITS && bf16::SPLIT,
-    }
-}
-
-/// Numbers of the columns of `source` in the order of its blocks, zeros behind each part: `from` is `[columns]`, `to` is
-/// [`width`] long.
-#[inline(always)]
-pub(super) fn arrange<S: Simd>(source: &Source<'_>, from: &[f32], to: &mut [f32]) {
-    let (mut start, mut at) = (0, 0);
-    for (rows, columns) in source.parts.iter().flatten() {
-        let from = &from[start..start + columns];
-        let to = &mut to[at..at + filled::<S>(*columns)];
-        start += columns;
-        at += to.len();
-        if !split::<S>(rows) {
-            to[..from.len()].copy_from_slice(from);
-            to[from.len()..].fill(0.0);
-            continue;
-        }
-        for (i, to) in to.chunks_exact_mut(2 * S::LANES).enumerate() {
-            let mut pairs = [0.0; MAX_BLOCK / 2];
-            let from = &from[from.len().min(2 * i * S::LANES)..from.len().min(2 * (i + 1) * S::LANES)];
-            pairs[..from.len()].copy_from_slice(from);
-            let (even, odd) = to.split_at_mut(S::LANES);
-            for ((even, odd), pair) in even.iter_mut().zip(odd).zip(pairs.as_chunks::<2>().0) {
-                [*even, *odd] = *pair;
-            }
-        }
-    }
-}
-
-/// The inverse of [`arrange`].
-#[inline(always)]
-pub(super) fn restore<S: Simd>(s: S, source: &Source<'_>, from: &[f32], to: &mut [f32]) {
-    let (mut start, mut at) = (0, 0);
-    for (rows, columns) in source.parts.iter().flatten() {
-        let to = &mut to[start..start + columns];
-        let from = &from[at..at + filled::<S>(*columns)];
-        start += columns;
-        at += from.len();
-        if !split::<S>(rows) {
-            to.copy_from_slice(&from[..to.len()]);
-            continue;
-        }
-        for (to, from) in to.chunks_mut(S::BLOCK).zip(from.chunks_exact(S::BLOCK)) {
-            let (block, mut all) = (s.join(f32::load_block(s, from)), [0.0; MAX_BLOCK]);
-            for (v, all) in block.into_iter().zip(all.chunks_exact_mut(S::LANES)) {
-                s.store(v, all);
-            }
-            to.copy_from_slice(&all[..to.len()]);
-        }
-    }
-}
 
 /// A row of the output.
 #[derive(Clone, Copy, Debug, Default)]
@@ -95,14 +30,73 @@ pub(super) struct Row {
     pub(super) pixel: usize,
     /// `1 / scale` of its codes.
     pub(super) inverse: f32,
+    /// The same for 16-bit numbers, times 2^15.
+    pub(super) times: i16,
     /// `rstd` and `-mean * rstd`, for layer norm.
     pub(super) standard: [f32; 2],
 }
 
-/// What a block is put through.
+impl Row {
+    /// Where its part lies among rows of `stride`.
+    #[inline(always)]
+    fn columns(&self, stride: usize, part: Part) -> Range<usize> {
+        let start = self.row * stride + part.column;
+        start..start + part.columns
+    }
+}
+
+impl Part {
+    /// Where it lies in row `i` of rows of `width`.
+    #[inline(always)]
+    fn of_kept(self, i: usize, width: usize) -> Range<usize> {
+        let start = i * width + self.at;
+        start..start + self.filled
+    }
+}
+
+/// What blocks consist of.
+pub(super) trait Kind {
+    /// A block.
+    type Block<S: Simd>: Copy;
+}
+
+/// f32.
+pub(super) struct Floats;
+
+impl Kind for Floats {
+    type Block<S: Simd> = Block<S::F>;
+}
+
+/// i16, on tiers that have [`Shorts`].
+pub(super) struct Pairs;
+
+impl Kind for Pairs {
+    type Block<S: Simd> = Pair<<S::Shorts as Shorts>::V>;
+}
+
+/// The 16-bit numbers of a tier that is known to have them.
+#[inline(always)]
+fn shorts<S: Simd>(s: S) -> S::Shorts {
+    s.shorts().expect("rows of 16-bit numbers are made by tiers that have them")
+}
+
+/// What blocks are put through.
 pub(super) trait Function: Copy {
-    /// What becomes of the block at place `at` of `row`.
-    fn apply<S: Simd>(&self, s: S, x: Block<S::F>, row: &Row, at: usize) -> Block<S::F>;
+    /// Of the blocks that come out.
+    type Kind: Kind;
+    /// Parameters of a block's columns.
+    type Columns: Copy;
+    /// Those of each whole block of a row, from place `at` on.
+    fn columns<S: Simd>(&self, at: usize) -> impl Iterator<Item = Self::Columns>;
+    /// What becomes of blocks of the same columns of `rows`, in split order if `split`.
+    fn apply<S: Simd, const N: usize>(
+        &self,
+        s: S,
+        x: [Block<S::F>; N],
+        rows: [&Row; N],
+        columns: Self::Columns,
+        split: bool,
+    ) -> [<Self::Kind as Kind>::Block<S>; N];
 }
 
 /// `x`.
@@ -110,8 +104,23 @@ pub(super) trait Function: Copy {
 pub(super) struct Same;
 
 impl Function for Same {
+    type Kind = Floats;
+    type Columns = ();
+
     #[inline(always)]
-    fn apply<S: Simd>(&self, _: S, x: Block<S::F>, _: &Row, _: usize) -> Block<S::F> {
+    fn columns<S: Simd>(&self, _: usize) -> impl Iterator<Item = ()> {
+        std::iter::repeat(())
+    }
+
+    #[inline(always)]
+    fn apply<S: Simd, const N: usize>(
+        &self,
+        _: S,
+        x: [Block<S::F>; N],
+        _: [&Row; N],
+        (): (),
+        _: bool,
+    ) -> [Block<S::F>; N] {
         x
     }
 }
@@ -123,13 +132,29 @@ pub(super) struct Affine<'a> {
     pub(super) offset: &'a [f32],
 }
 
-impl Function for Affine<'_> {
+impl<'a> Function for Affine<'a> {
+    type Kind = Floats;
+    type Columns = (&'a [f32], &'a [f32]);
+
     #[inline(always)]
-    fn apply<S: Simd>(&self, s: S, mut x: Block<S::F>, _: &Row, at: usize) -> Block<S::F> {
-        let factor = f32::load_block(s, &self.factor[at..at + S::BLOCK]);
-        let offset = f32::load_block(s, &self.offset[at..at + S::BLOCK]);
+    fn columns<S: Simd>(&self, at: usize) -> impl Iterator<Item = Self::Columns> {
+        self.factor[at..].chunks_exact(S::BLOCK).zip(self.offset[at..].chunks_exact(S::BLOCK))
+    }
+
+    #[inline(always)]
+    fn apply<S: Simd, const N: usize>(
+        &self,
+        s: S,
+        mut x: [Block<S::F>; N],
+        _: [&Row; N],
+        (factor, offset): Self::Columns,
+        _: bool,
+    ) -> [Block<S::F>; N] {
+        let (factor, offset) = (f32::load_block(s, factor), f32::load_block(s, offset));
         for i in 0..BLOCK_VECTORS {
-            x[i] = s.fma(x[i], factor[i], offset[i]);
+            for x in &mut x {
+                x[i] = s.fma(x[i], factor[i], offset[i]);
+            }
         }
         x
     }
@@ -139,218 +164,62 @@ impl Function for Affine<'_> {
 #[derive(Clone, Copy)]
 pub(super) struct Standard<'a>(pub(super) Affine<'a>);
 
-impl Function for Standard<'_> {
-    #[inline(always)]
-    fn apply<S: Simd>(&self, s: S, mut x: Block<S::F>, row: &Row, at: usize) -> Block<S::F> {
-        let [rstd, shift] = row.standard;
-        for x in &mut x {
-            *x = s.fma(*x, s.splat(rstd), s.splat(shift));
-        }
-        self.0.apply(s, x, row, at)
-    }
-}
-
-/// SiLU of `x * factor[c] + offset[c]`, from pieces.
-#[derive(Clone, Copy)]
-pub(super) struct AffineSilu<'a>(pub(super) Affine<'a>, pub(super) &'a SiluPieces);
-
-impl Function for AffineSilu<'_> {
-    #[inline(always)]
-    fn apply<S: Simd>(&self, s: S, x: Block<S::F>, row: &Row, at: usize) -> Block<S::F> {
-        self.1.of(s, self.0.apply(s, x, row, at))
-    }
-}
-
-/// Where the blocks of some rows go.
-pub(super) trait Sink {
-    /// What is known of a part of a row.
-    type State<S: Simd>: Copy;
-    /// Before the first block.
-    fn begin<S: Simd>(&self, s: S) -> Self::State<S>;
-    /// Takes `len` numbers for column `column` on, at place `at` of row `i` of those; in split order if `split`.
-    fn put<S: Simd>(&mut self, s: S, state: &mut Self::State<S>, y: Block<S::F>, split: bool, to: Place<'_>);
-    /// After the last block of a part of row `i`.
-    fn end<S: Simd>(&mut self, s: S, state: Self::State<S>, i: usize);
-}
-
-/// Where a block belongs.
-#[derive(Clone, Copy)]
-pub(super) struct Place<'a> {
-    row: &'a Row,
-    /// Of the rows that are made together.
-    i: usize,
-    /// Of the row, filled up to whole blocks.
-    at: usize,
-    /// Of the row in the output.
-    column: usize,
-    /// Numbers.
-    len: usize,
-}
-
-/// `round(y * inverse + shift) + 128` in rows of `stride`.
-pub(super) struct Codes<'a> {
-    pub(super) codes: &'a mut [u8],
-    pub(super) stride: usize,
-    pub(super) shift: f32,
-}
-
-impl Sink for Codes<'_> {
-    type State<S: Simd> = ();
+impl<'a> Function for Standard<'a> {
+    type Kind = Floats;
+    type Columns = (&'a [f32], &'a [f32]);
 
     #[inline(always)]
-    fn begin<S: Simd>(&self, _: S) {}
-
-    #[inline(always)]
-    fn put<S: Simd>(&mut self, s: S, (): &mut (), mut y: Block<S::F>, split: bool, to: Place<'_>) {
-        for y in &mut y {
-            *y = s.fma(*y, s.splat(to.row.inverse), s.splat(self.shift));
-        }
-        Rounded { codes: &mut *self.codes, stride: self.stride }.put(s, &mut (), y, split, to);
+    fn columns<S: Simd>(&self, at: usize) -> impl Iterator<Item = Self::Columns> {
+        self.0.columns::<S>(at)
     }
 
     #[inline(always)]
-    fn end<S: Simd>(&mut self, _: S, (): (), _: usize) {}
-}
-
-/// `round(y) + 128` in rows of `stride`.
-pub(super) struct Rounded<'a> {
-    pub(super) codes: &'a mut [u8],
-    pub(super) stride: usize,
-}
-
-impl Sink for Rounded<'_> {
-    type State<S: Simd> = ();
-
-    #[inline(always)]
-    fn begin<S: Simd>(&self, _: S) {}
-
-    #[inline(always)]
-    fn put<S: Simd>(&mut self, s: S, (): &mut (), y: Block<S::F>, split: bool, to: Place<'_>) {
-        let codes = &mut self.codes[to.row.row * self.stride + to.column..][..to.len];
-        if to.len == S::BLOCK {
-            s.store_codes_block(y, split, codes);
-        } else {
-            let mut all = [0; MAX_BLOCK];
-            s.store_codes_block(y, split, &mut all);
-            codes.copy_from_slice(&all[..to.len]);
-        }
-    }
-
-    #[inline(always)]
-    fn end<S: Simd>(&mut self, _: S, (): (), _: usize) {}
-}
-
-/// `y` as elements of a tensor in rows of `stride`.
-pub(super) struct Elements<'a, T> {
-    pub(super) out: &'a mut [T],
-    pub(super) stride: usize,
-}
-
-impl<T: Element> Sink for Elements<'_, T> {
-    type State<S: Simd> = ();
-
-    #[inline(always)]
-    fn begin<S: Simd>(&self, _: S) {}
-
-    #[inline(always)]
-    fn put<S: Simd>(&mut self, s: S, (): &mut (), y: Block<S::F>, split: bool, to: Place<'_>) {
-        let y = if split { s.join(y) } else { y };
-        let out = &mut self.out[to.row.row * self.stride + to.column..][..to.len];
-        if to.len == S::BLOCK {
-            for (y, out) in y.into_iter().zip(out.chunks_exact_mut(S::LANES)) {
-                T::store(s, y, out);
+    fn apply<S: Simd, const N: usize>(
+        &self,
+        s: S,
+        mut x: [Block<S::F>; N],
+        rows: [&Row; N],
+        columns: Self::Columns,
+        split: bool,
+    ) -> [Block<S::F>; N] {
+        for (x, row) in x.iter_mut().zip(rows) {
+            let [rstd, shift] = row.standard;
+            for x in x {
+                *x = s.fma(*x, s.splat(rstd), s.splat(shift));
             }
-        } else {
-            let mut all = [T::ZERO; MAX_BLOCK];
-            for (y, all) in y.into_iter().zip(all.chunks_exact_mut(S::LANES)) {
-                T::store(s, y, all);
-            }
-            out.copy_from_slice(&all[..to.len]);
         }
-    }
-
-    #[inline(always)]
-    fn end<S: Simd>(&mut self, _: S, (): (), _: usize) {}
-}
-
-/// Keeps the rows, `width` each, in the order of blocks, and their greatest magnitudes.
-pub(super) struct Keep<'a> {
-    pub(super) kept: &'a mut [f32],
-    pub(super) width: usize,
-    pub(super) most: &'a mut [f32],
-}
-
-impl Sink for Keep<'_> {
-    type State<S: Simd> = Block<S::F>;
-
-    #[inline(always)]
-    fn begin<S: Simd>(&self, s: S) -> Block<S::F> {
-        [s.splat(0.0); BLOCK_VECTORS]
-    }
-
-    #[inline(always)]
-    fn put<S: Simd>(&mut self, s: S, most: &mut Block<S::F>, y: Block<S::F>, _: bool, to: Place<'_>) {
-        let kept = &mut self.kept[to.i * self.width + to.at..][..S::BLOCK];
-        for (i, kept) in kept.chunks_exact_mut(S::LANES).enumerate() {
-            s.store(y[i], kept);
-            most[i] = s.max_abs(y[i], most[i]);
-        }
-    }
-
-    #[inline(always)]
-    fn end<S: Simd>(&mut self, s: S, [a, b, c, d]: Block<S::F>, i: usize) {
-        self.most[i] = s.max_lane(s.max(s.max(a, b), s.max(c, d))).max(self.most[i]);
+        self.0.apply(s, x, rows, columns, split)
     }
 }
 
-/// The greatest magnitudes of rows.
-pub(super) struct Most<'a>(pub(super) &'a mut [f32]);
+/// SiLU by a table, of `x * factor[c] + offset[c]` in the table's units.
+#[derive(Clone, Copy)]
+pub(super) struct AffineSilu<'a>(pub(super) Affine<'a>, pub(super) &'a SiluTable);
 
-impl Sink for Most<'_> {
-    type State<S: Simd> = Block<S::F>;
+impl<'a> Function for AffineSilu<'a> {
+    type Kind = Pairs;
+    type Columns = (&'a [f32], &'a [f32]);
 
     #[inline(always)]
-    fn begin<S: Simd>(&self, s: S) -> Block<S::F> {
-        [s.splat(0.0); BLOCK_VECTORS]
+    fn columns<S: Simd>(&self, at: usize) -> impl Iterator<Item = Self::Columns> {
+        self.0.columns::<S>(at)
     }
 
     #[inline(always)]
-    fn put<S: Simd>(&mut self, s: S, most: &mut Block<S::F>, y: Block<S::F>, _: bool, _: Place<'_>) {
-        for (y, most) in y.into_iter().zip(most) {
-            *most = s.max_abs(y, *most);
+    fn apply<S: Simd, const N: usize>(
+        &self,
+        s: S,
+        x: [Block<S::F>; N],
+        rows: [&Row; N],
+        columns: Self::Columns,
+        split: bool,
+    ) -> [<Pairs as Kind>::Block<S>; N] {
+        let x = self.0.apply(s, x, rows, columns, split);
+        let mut pairs = [[shorts(s).splat(0); 2]; N];
+        for (pair, x) in pairs.iter_mut().zip(x) {
+            *pair = shorts(s).round_block(x, split);
         }
-    }
-
-    #[inline(always)]
-    fn end<S: Simd>(&mut self, s: S, [a, b, c, d]: Block<S::F>, i: usize) {
-        self.0[i] = s.max_lane(s.max(s.max(a, b), s.max(c, d))).max(self.0[i]);
-    }
-}
-
-/// Sums of rows, and sums of squares.
-pub(super) struct Sums<'a>(pub(super) &'a mut [[f32; 2]]);
-
-impl Sink for Sums<'_> {
-    type State<S: Simd> = [Block<S::F>; 2];
-
-    #[inline(always)]
-    fn begin<S: Simd>(&self, s: S) -> Self::State<S> {
-        [[s.splat(0.0); BLOCK_VECTORS]; 2]
-    }
-
-    #[inline(always)]
-    fn put<S: Simd>(&mut self, s: S, sums: &mut Self::State<S>, y: Block<S::F>, _: bool, _: Place<'_>) {
-        for i in 0..BLOCK_VECTORS {
-            sums[0][i] = s.add(y[i], sums[0][i]);
-            sums[1][i] = s.fma(y[i], y[i], sums[1][i]);
-        }
-    }
-
-    #[inline(always)]
-    fn end<S: Simd>(&mut self, s: S, sums: Self::State<S>, i: usize) {
-        for (to, [a, b, c, d]) in self.0[i].iter_mut().zip(sums) {
-            *to += s.sum(s.add(s.add(a, b), s.add(c, d)));
-        }
+        self.1.of(shorts(s), pairs)
     }
 }
 
@@ -358,55 +227,202 @@ impl Sink for Sums<'_> {
 pub(super) struct Sweep<'a, F, K> {
     pub(super) source: &'a Source<'a>,
     pub(super) rows: &'a [Row],
+    /// How many rows ahead of it memory is asked for, where the rows themselves have been read before; 0 where they haven't.
+    pub(super) next: usize,
     pub(super) function: F,
     pub(super) sink: K,
 }
 
-impl<F: Function, K: Sink> SimdOp for Sweep<'_, F, K> {
+impl<F: Function, K: Sink<Kind = F::Kind>> SimdOp for Sweep<'_, F, K> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        let (mut at, mut column) = (0, 0);
-        for &(part, c) in self.source.parts.iter().flatten() {
-            match part {
-                Rows::F32(part) => self.part(s, part, c, at, column),
-                Rows::Bf16(part) => self.part(s, part, c, at, column),
+        for (rows, part) in parts::<S>(self.source) {
+            match rows {
+                Rows::F32(data) => self.part(s, data, part),
+                Rows::Bf16(data) => self.part(s, data, part),
             }
-            at += filled::<S>(c);
-            column += c;
         }
     }
 }
 
-impl<F: Function, K: Sink> Sweep<'_, F, K> {
-    /// The part of `c` columns from `column` on, at place `at`.
+impl<F: Function, K: Sink<Kind = F::Kind>> Sweep<'_, F, K> {
     #[inline(always)]
-    fn part<S: Simd, T: Element>(&mut self, s: S, src: &[T], c: usize, at: usize, column: usize) {
+    fn part<S: Simd, T: Element>(&mut self, s: S, data: &[T], part: Part) {
+        let data = |_, row: &Row| &data[row.pixel * part.columns..(row.pixel + 1) * part.columns];
         let split = S::SPLITS && T::SPLIT;
-        let whole = c - c % S::BLOCK;
-        for (i, row) in self.rows.iter().enumerate() {
-            let src = &src[row.pixel * c..(row.pixel + 1) * c];
-            let mut state = self.sink.begin(s);
-            for j in (0..whole).step_by(S::BLOCK) {
-                let block = &src[j..j + S::BLOCK];
-                for line in block.chunks_exact(64 / size_of::<T>()) {
-                    s.prefetch(line, AHEAD);
-                }
-                let y = self.function.apply(s, T::load_block(s, block), row, at + j);
-                let to = Place { row, i, at: at + j, column: column + j, len: S::BLOCK };
-                self.sink.put(s, &mut state, y, split, to);
+        sweep(s, self.rows, data, part, split, self.next, self.function, &mut self.sink);
+    }
+}
+
+/// Hands rows that were kept, `width` each, to `sink`.
+pub(super) struct SweepKept<'a, K> {
+    pub(super) source: &'a Source<'a>,
+    pub(super) rows: &'a [Row],
+    pub(super) kept: &'a [f32],
+    pub(super) width: usize,
+    pub(super) sink: K,
+}
+
+impl<K: Sink<Kind = Floats>> SimdOp for SweepKept<'_, K> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        for (rows, part) in parts::<S>(self.source) {
+            let data = |i, _: &Row| &self.kept[part.of_kept(i, self.width)];
+            if order::split::<S>(&rows) {
+                sweep(s, self.rows, data, part, true, 0, Same, &mut self.sink);
+            } else {
+                sweep(s, self.rows, data, part, false, 0, Same, &mut self.sink);
             }
-            if whole < c {
-                let mut block = [T::ZERO; MAX_BLOCK];
-                block[..c - whole].copy_from_slice(&src[whole..]);
-                let y = T::load_block(s, &block[..S::BLOCK]);
-                let y = self.function.apply(s, y, row, at + whole);
-                let to = Place { row, i, at: at + whole, column: column + whole, len: c - whole };
-                self.sink.put(s, &mut state, y, split, to);
+        }
+    }
+}
+
+/// Hands rows of 16-bit numbers that were kept, `width` each, to `sink`.
+pub(super) struct SweepPairs<'a, K> {
+    pub(super) source: &'a Source<'a>,
+    pub(super) rows: &'a [Row],
+    pub(super) kept: &'a [i16],
+    pub(super) width: usize,
+    pub(super) sink: K,
+}
+
+impl<K: Sink<Kind = Pairs>> SimdOp for SweepPairs<'_, K> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        for (rows, part) in parts::<S>(self.source) {
+            if order::split::<S>(&rows) {
+                self.part(s, part, true);
+            } else {
+                self.part(s, part, false);
+            }
+        }
+    }
+}
+
+impl<K: Sink<Kind = Pairs>> SweepPairs<'_, K> {
+    #[inline(always)]
+    fn part<S: Simd>(&mut self, s: S, part: Part, split: bool) {
+        for (i, row) in self.rows.iter().enumerate() {
+            let kept = &self.kept[part.of_kept(i, self.width)];
+            let mut state = self.sink.begin(s, row);
+            let [slot] = self.sink.slots([(i, row)], part);
+            let (full, rest) = slot.split_at_mut(part.columns - part.columns % S::BLOCK);
+            let (blocks, last) = kept.split_at(full.len());
+            for (block, slot) in blocks.chunks_exact(S::BLOCK).zip(full.chunks_exact_mut(S::BLOCK)) {
+                K::put(s, &mut state, load_pair(s, block), split, slot);
+            }
+            if !rest.is_empty() {
+                K::put(s, &mut state, load_pair(s, last), split, rest);
             }
             self.sink.end(s, state, i);
         }
+    }
+}
+
+#[inline(always)]
+fn load_pair<S: Simd>(s: S, block: &[i16]) -> <Pairs as Kind>::Block<S> {
+    let (a, b) = block.split_at(2 * S::LANES);
+    [shorts(s).load(a), shorts(s).load(b)]
+}
+
+/// The parts of `source`, which is not copied: a copy is read again before it has left the store buffer.
+#[inline(always)]
+fn parts<'s, 'a, S: Simd>(source: &'s Source<'a>) -> impl Iterator<Item = (Rows<'a>, Part)> + use<'s, 'a, S> {
+    let (mut at, mut column) = (0, 0);
+    source.parts.iter().flatten().map(move |&(rows, columns)| {
+        let part = Part { column, columns, at, filled: filled::<S>(columns) };
+        at += part.filled;
+        column += columns;
+        (rows, part)
+    })
+}
+
+/// Puts a part of `rows`, which `data` finds, filled up or not, through `function`: two rows at a time where their vectors have room in the
+/// registers, for these share the parameters of columns, and the operations of one fill the time that the other waits for its own.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn sweep<'a, S: Simd, T: Element, F: Function, K: Sink<Kind = F::Kind>>(
+    s: S,
+    rows: &[Row],
+    data: impl Fn(usize, &Row) -> &'a [T],
+    part: Part,
+    split: bool,
+    next: usize,
+    function: F,
+    sink: &mut K,
+) {
+    let together = if S::REGISTERS >= 32 { rows.len() / 2 } else { 0 };
+    for i in (0..2 * together).step_by(2) {
+        sweep_rows(s, [(i, &rows[i]), (i + 1, &rows[i + 1])], &data, part, split, next, function, sink);
+    }
+    for (i, row) in rows.iter().enumerate().skip(2 * together) {
+        sweep_rows(s, [(i, row)], &data, part, split, next, function, sink);
+    }
+}
+
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn sweep_rows<'a, S: Simd, T: Element, F: Function, K: Sink<Kind = F::Kind>, const N: usize>(
+    s: S,
+    rows: [(usize, &Row); N],
+    data: impl Fn(usize, &Row) -> &'a [T],
+    part: Part,
+    split: bool,
+    next: usize,
+    function: F,
+    sink: &mut K,
+) {
+    // Loops instead of closures for what consists of vectors: only what ends up in this function is compiled for the tier.
+    let whole = part.columns - part.columns % S::BLOCK;
+    let src = rows.map(|(i, row)| data(i, row));
+    let places = rows.map(|(_, row)| row);
+    let mut states = [sink.begin(s, places[0]); N];
+    for (state, row) in states.iter_mut().zip(places) {
+        *state = sink.begin(s, row);
+    }
+    let zeros = [[s.splat(0.0); BLOCK_VECTORS]; N];
+    let mut slots = sink.slots(rows, part);
+    // Whole rows, and as many as go together: each of these asks for what its successor needs.
+    let bytes = part.columns.max(1) * size_of::<T>();
+    let ahead = if next == 0 { AHEAD.next_multiple_of(N * bytes) } else { next * bytes };
+    let mut blocks = src.map(|src| src[..whole].chunks_exact(S::BLOCK));
+    let mut outs = slots.each_mut().map(|slot| slot[..whole].chunks_exact_mut(S::BLOCK));
+    for columns in function.columns::<S>(part.at).take(whole / S::BLOCK) {
+        let mut x = zeros;
+        for (x, blocks) in x.iter_mut().zip(&mut blocks) {
+            let block = blocks.next().expect("as many blocks in each row");
+            for line in block.chunks_exact(64 / size_of::<T>()) {
+                s.prefetch(line, ahead);
+            }
+            *x = T::load_block(s, block);
+        }
+        let y = function.apply(s, x, places, columns, split);
+        for ((y, state), out) in y.into_iter().zip(&mut states).zip(&mut outs) {
+            K::put(s, state, y, split, out.next().expect("as many blocks in each row"));
+        }
+    }
+    if whole < part.columns {
+        let mut x = zeros;
+        for (x, src) in x.iter_mut().zip(src) {
+            let mut block = [T::ZERO; MAX_BLOCK];
+            block[..src.len() - whole].copy_from_slice(&src[whole..]);
+            *x = T::load_block(s, &block[..S::BLOCK]);
+        }
+        let columns = function.columns::<S>(part.at + whole).next();
+        let columns = columns.expect("parameters of columns are filled up to whole blocks");
+        let y = function.apply(s, x, places, columns, split);
+        for ((y, state), slot) in y.into_iter().zip(&mut states).zip(slots) {
+            K::put(s, state, y, split, &mut slot[whole..]);
+        }
+    }
+    for ((i, _), state) in rows.into_iter().zip(states) {
+        sink.end(s, state, i);
     }
 }
 
@@ -439,49 +455,6 @@ impl SimdOp for Activate<'_> {
                 lanes = s.max_abs(y, lanes);
             }
             *most = s.max_lane(lanes);
-        }
-    }
-}
-
-/// Hands rows that were kept, `width` each, to `sink`.
-pub(super) struct SweepKept<'a, K> {
-    pub(super) source: &'a Source<'a>,
-    pub(super) rows: &'a [Row],
-    pub(super) kept: &'a [f32],
-    pub(super) width: usize,
-    pub(super) sink: K,
-}
-
-impl<K: Sink> SimdOp for SweepKept<'_, K> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(mut self, s: S) {
-        let (mut at, mut column) = (0, 0);
-        for &(part, c) in self.source.parts.iter().flatten() {
-            if split::<S>(&part) {
-                self.part(s, c, at, column, true);
-            } else {
-                self.part(s, c, at, column, false);
-            }
-            at += filled::<S>(c);
-            column += c;
-        }
-    }
-}
-
-impl<K: Sink> SweepKept<'_, K> {
-    #[inline(always)]
-    fn part<S: Simd>(&mut self, s: S, c: usize, at: usize, column: usize, split: bool) {
-        for (i, row) in self.rows.iter().enumerate() {
-            let kept = &self.kept[i * self.width + at..][..filled::<S>(c)];
-            let mut state = self.sink.begin(s);
-            for (j, block) in kept.chunks_exact(S::BLOCK).enumerate() {
-                let j = j * S::BLOCK;
-                let to = Place { row, i, at: at + j, column: column + j, len: S::BLOCK.min(c - j) };
-                self.sink.put(s, &mut state, f32::load_block(s, block), split, to);
-            }
-            self.sink.end(s, state, i);
         }
     }
 }

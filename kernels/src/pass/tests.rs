@@ -137,7 +137,9 @@ fn check(
         |x: f32, inverse: f32| ((x * inverse).round_ties_even().clamp(-127.0, 127.0) + 128.0) as u8;
     for (i, row) in wide.chunks_exact(stride).enumerate() {
         let most = row.iter().fold(0f32, |m, x| m.max(x.abs()));
-        assert!((scale[i] - most / 127.0).abs() <= coarse * scale[i], "{what}: scale of row {i}");
+        // SiLU in 16 bits serves rows whose greatest has 11 bits at least.
+        let scale_error = if coarse > 0.0 { 1.5e-3 } else { 0.0 };
+        assert!((scale[i] - most / 127.0).abs() <= scale_error * scale[i], "{what}: scale of row {i}");
         let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
         for (&got, &x) in codes[i * stride..(i + 1) * stride].iter().zip(row) {
             let want = quantized(x, inverse);

@@ -8,10 +8,12 @@ pub mod dot;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 pub(crate) mod scalar;
+pub mod shorts;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86;
 
 use crate::{Isa, bf16, f16};
+use shorts::Shorts;
 
 /// The most lanes that any tier has.
 pub const MAX_LANES: usize = 16;
@@ -39,11 +41,16 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Whether blocks of bf16 are loaded in **split order**: each two vectors hold the even elements of `2 * LANES`, then the
     /// odd ones, which takes an instruction each. Where it is false, split order is the order in memory.
     const SPLITS: bool = false;
-    /// Whether [`Simd::lookup`] is about as fast as a multiplication.
-    const LOOKS_UP: bool = false;
     /// `LANES` f32.
     type F: Copy;
+    /// The tier's fixed-point numbers.
+    type Shorts: Shorts<F = Self::F>;
 
+    /// Where the tier has them.
+    #[inline(always)]
+    fn shorts(self) -> Option<Self::Shorts> {
+        None
+    }
     /// Runs `op` as a function of its own, which keeps its registers to itself.
     fn outline<O: SimdOp>(self, op: O) -> O::Output;
     /// All lanes `x`.
@@ -139,21 +146,6 @@ pub trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn max_abs(self, a: Self::F, most: Self::F) -> Self::F {
         self.max(self.abs(a), most)
-    }
-    /// `a`, at most as far from 0 as `limit`, which is positive.
-    #[inline(always)]
-    fn limit(self, a: Self::F, limit: Self::F) -> Self::F {
-        self.max(self.min(a, limit), self.sub(self.splat(0.0), limit))
-    }
-    /// `table[i]`, `i` the last five bits of each lane.
-    #[inline(always)]
-    fn lookup(self, table: &[f32; 32], lanes: Self::F) -> Self::F {
-        let mut v = [0.0; MAX_LANES];
-        self.store(lanes, &mut v);
-        for v in &mut v {
-            *v = table[v.to_bits() as usize % 32];
-        }
-        self.load(&v)
     }
     /// The nearest integer, ties to even, for magnitudes up to 2^22.
     fn round(self, a: Self::F) -> Self::F;
@@ -375,13 +367,10 @@ pub(crate) mod tests {
             }
             each(s.max_abs(v, s.splat(5.0)), &|x| x.abs().max(5.0));
             assert_eq!(get(s.max_abs(s.splat(f32::NAN), s.splat(5.0))), vec![5.0; n]);
-            each(s.limit(v, s.splat(2.5)), &|x| x.clamp(-2.5, 2.5));
-            let table: [f32; 32] = std::array::from_fn(|i| 1.5 * i as f32);
-            // 1.5 * 2^23 moves an integer to the last bits.
-            each(s.lookup(&table, s.add(s.round(v), s.splat(12_582_912.0))), &|x| {
-                table[(x.round_ties_even() as i32 & 31) as usize]
-            });
             block_contract(s);
+            if let Some(shorts) = s.shorts() {
+                shorts::tests::contract(s, shorts);
+            }
             assert!(s.any_lt(v, s.splat(src[0] + 0.1)) && !s.any_lt(v, s.splat(src[0])));
             for e in [-126.0, -5.0, 0.0, 7.0, 127.0] {
                 assert_eq!(get(s.mul_pow2(s.splat(1.25), s.splat(e))), vec![1.25 * 2f32.powi(e as i32); n]);

@@ -2,6 +2,7 @@
 
 use std::arch::aarch64::*;
 
+use super::shorts::Never;
 use super::{Simd, SimdOp};
 use crate::bf16;
 
@@ -71,6 +72,7 @@ impl Simd for Neon {
     const LANES: usize = 4;
     const REGISTERS: usize = 32;
     type F = float32x4_t;
+    type Shorts = Never<Self>;
 
     #[inline(always)]
     fn outline<O: SimdOp>(self, op: O) -> O::Output {

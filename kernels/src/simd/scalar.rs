@@ -1,6 +1,7 @@
 //! Four lanes of plain Rust.
 #![forbid(unsafe_code)]
 
+use super::shorts::Never;
 use super::{Simd, SimdOp};
 use crate::bf16;
 
@@ -39,6 +40,7 @@ impl Simd for Scalar {
     const LANES: usize = N;
     const REGISTERS: usize = 16;
     type F = [f32; N];
+    type Shorts = Never<Self>;
 
     #[inline(never)]
     fn outline<O: SimdOp>(self, op: O) -> O::Output {

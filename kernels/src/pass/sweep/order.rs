@@ -1,0 +1,81 @@
+//! The order of columns in blocks.
+//!
+//! Blocks are in the order in which their part of the row is loaded ([`Simd::SPLITS`]), and so are the parameters of columns
+//! that meet them ([`arrange`]). The last block of a part is filled up with zeros.
+#![forbid(unsafe_code)]
+
+use crate::bf16;
+use crate::pass::Source;
+use crate::simd::{Element, MAX_BLOCK, Simd};
+use crate::view::Rows;
+
+/// Columns of a part of `columns`, filled up to whole blocks.
+#[inline(always)]
+pub(in crate::pass) fn filled<S: Simd>(columns: usize) -> usize {
+    columns.next_multiple_of(S::BLOCK)
+}
+
+/// Columns of all parts of `source`, filled up to whole blocks.
+#[inline(always)]
+pub(in crate::pass) fn width<S: Simd>(source: &Source<'_>) -> usize {
+    source.parts.iter().flatten().map(|part| filled::<S>(part.1)).sum()
+}
+
+/// Whether blocks of `rows` come in split order.
+#[inline(always)]
+pub(super) fn split<S: Simd>(rows: &Rows<'_>) -> bool {
+    match rows {
+        Rows::F32(_) => S::SPLITS && f32::SPLIT,
+        Rows::Bf16(_) => S::SPLITS && bf16::SPLIT,
+    }
+}
+
+/// Numbers of the columns of `source` in the order of its blocks, zeros behind each part: `from` is `[columns]`, `to` is
+/// [`width`] long.
+#[inline(always)]
+pub(in crate::pass) fn arrange<S: Simd>(source: &Source<'_>, from: &[f32], to: &mut [f32]) {
+    let (mut start, mut at) = (0, 0);
+    for (rows, columns) in source.parts.iter().flatten() {
+        let from = &from[start..start + columns];
+        let to = &mut to[at..at + filled::<S>(*columns)];
+        start += columns;
+        at += to.len();
+        if !split::<S>(rows) {
+            to[..from.len()].copy_from_slice(from);
+            to[from.len()..].fill(0.0);
+            continue;
+        }
+        for (i, to) in to.chunks_exact_mut(2 * S::LANES).enumerate() {
+            let mut pairs = [0.0; MAX_BLOCK / 2];
+            let from = &from[from.len().min(2 * i * S::LANES)..from.len().min(2 * (i + 1) * S::LANES)];
+            pairs[..from.len()].copy_from_slice(from);
+            let (even, odd) = to.split_at_mut(S::LANES);
+            for ((even, odd), pair) in even.iter_mut().zip(odd).zip(pairs.as_chunks::<2>().0) {
+                [*even, *odd] = *pair;
+            }
+        }
+    }
+}
+
+/// The inverse of [`arrange`].
+#[inline(always)]
+pub(in crate::pass) fn restore<S: Simd>(s: S, source: &Source<'_>, from: &[f32], to: &mut [f32]) {
+    let (mut start, mut at) = (0, 0);
+    for (rows, columns) in source.parts.iter().flatten() {
+        let to = &mut to[start..start + columns];
+        let from = &from[at..at + filled::<S>(*columns)];
+        start += columns;
+        at += from.len();
+        if !split::<S>(rows) {
+            to.copy_from_slice(&from[..to.len()]);
+            continue;
+        }
+        for (to, from) in to.chunks_mut(S::BLOCK).zip(from.chunks_exact(S::BLOCK)) {
+            let (block, mut all) = (s.join(f32::load_block(s, from)), [0.0; MAX_BLOCK]);
+            for (v, all) in block.into_iter().zip(all.chunks_exact_mut(S::LANES)) {
+                s.store(v, all);
+            }
+            to.copy_from_slice(&all[..to.len()]);
+        }
+    }
+}
