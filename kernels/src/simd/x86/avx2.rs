@@ -166,8 +166,8 @@ impl Simd for Avx2 {
                 _mm256_stream_ps(dst.as_mut_ptr().add(8), b);
             })
         } else {
-            self.store(a, &mut dst[..8]);
-            self.store(b, &mut dst[8..]);
+            Simd::store(self, a, &mut dst[..8]);
+            Simd::store(self, b, &mut dst[8..]);
         }
     }
     #[inline(always)]

@@ -176,8 +176,8 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
                 _mm512_stream_ps(dst.as_mut_ptr().add(16), b);
             })
         } else {
-            self.store(a, &mut dst[..16]);
-            self.store(b, &mut dst[16..]);
+            Simd::store(self, a, &mut dst[..16]);
+            Simd::store(self, b, &mut dst[16..]);
         }
     }
     #[inline(always)]
