@@ -146,12 +146,34 @@ impl Plan<'_> {
                 sums = Some(&*added);
             }
             if finishes {
+                if self.by_image && terms.image != Some(tile.image) {
+                    self.terms(columns, tile.image, &mut terms);
+                }
+                let sums = match sums {
+                    Some(sums) => Sums::Float(sums),
+                    None if self.kernel.types.is_integer() => {
+                        let (scale, scale_step) = self.row_scale(tile, 0);
+                        Sums::Integer { sums: products, offset: &terms.offset, scale, scale_step }
+                    }
+                    None => Sums::Float(bytemuck::cast_slice(products)),
+                };
                 let held = match strip.holds {
                     None => Held::No,
                     Some(Half::First) => Held::First(&mut strip.held[row..row + tile.rows]),
                     Some(Half::Second) => Held::Second(&strip.held[row..row + tile.rows]),
                 };
-                self.finish(s, columns, tile, products, sums, held, &mut terms);
+                let mut finishing = Finish {
+                    sums,
+                    scale: &columns.scale,
+                    bias: &terms.bias,
+                    activation: self.epilogue.activation,
+                    residual: self.epilogue.residual,
+                    accumulate: self.epilogue.accumulate,
+                    past: self.past,
+                    held,
+                    target: self.target(columns, tile),
+                };
+                finish(s, &mut finishing);
             }
             row += tile.rows;
         }
@@ -238,43 +260,6 @@ impl Plan<'_> {
             column: activation.columns(columns.first),
             columns: activation.columns(columns.inputs),
         }
-    }
-
-    /// Finishes `tile` from its products, or from the sums over its taps.
-    #[inline(always)]
-    fn finish<S: Simd>(
-        &self,
-        s: S,
-        columns: &Columns,
-        tile: &RowTile,
-        products: &[[i32; TILE_COLUMNS]],
-        sums: Option<&[[f32; TILE_COLUMNS]]>,
-        held: Held<'_>,
-        terms: &mut Terms,
-    ) {
-        if self.by_image && terms.image != Some(tile.image) {
-            self.terms(columns, tile.image, terms);
-        }
-        let sums = match sums {
-            Some(sums) => Sums::Float(sums),
-            None if self.kernel.types.is_integer() => {
-                let (scale, scale_step) = self.row_scale(tile, 0);
-                Sums::Integer { sums: products, offset: &terms.offset, scale, scale_step }
-            }
-            None => Sums::Float(bytemuck::cast_slice(products)),
-        };
-        let mut finishing = Finish {
-            sums,
-            scale: &columns.scale,
-            bias: &terms.bias,
-            activation: self.epilogue.activation,
-            residual: self.epilogue.residual,
-            accumulate: self.epilogue.accumulate,
-            past: self.past,
-            held,
-            target: self.target(columns, tile),
-        };
-        finish(s, &mut finishing);
     }
 
     /// What finishing the tiles of `image` adds.

@@ -2,6 +2,7 @@
 
 #[cfg(target_os = "linux")]
 mod guarded;
+#[cfg(target_arch = "x86_64")]
 mod past;
 
 use super::*;
