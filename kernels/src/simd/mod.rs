@@ -86,7 +86,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn store_bf16_partial(self, v: Self::F, dst: &mut [bf16]);
     /// Rounds to nearest (ties away from zero) and stores `a[0], b[0], a[1], b[1], ...`, `2 * LANES` elements, none NaN.
     fn store_bf16_pairs(self, a: Self::F, b: Self::F, dst: &mut [bf16]);
-    /// Stores two vectors side by side; with `past` they may go past the caches, so a fence ([`crate::arch::fence`]) is due.
+    /// Stores two vectors side by side; with `past` they may go past the caches, so a fence is due (`arch::fence`).
     #[inline(always)]
     fn store_two(self, a: Self::F, b: Self::F, dst: &mut [f32], past: bool) {
         let _ = past;
