@@ -74,9 +74,9 @@ struct Buffers<'s> {
     rows: &'s mut [u8],
     /// `[PAIR][chunk][16]` of the kernel's weights, where they are unpacked.
     weights: &'s mut [u8],
-    /// `[GROUP_PAIRS][block_rows]`, or a tile.
+    /// `[together][block_rows]`, or a tile.
     products: &'s mut [[i32; TILE_COLUMNS]],
-    /// `[GROUP_PAIRS][block_rows]`, where taps are added up or half rows wait.
+    /// `[together][block_rows]`, where taps are added up or half rows wait.
     sums: &'s mut [[f32; TILE_COLUMNS]],
 }
 
@@ -120,11 +120,12 @@ pub(super) fn run(
     };
     let geometry = Geometry::new(&input, &filter, kernel.mr, by_image, rows, folds.then_some(block_rows));
     let columns = epilogue.activation.columns(weight.shape.n);
-    let out_bytes = match &out {
-        RowsMut::F32(out) => size_of_val(&**out),
-        RowsMut::Bf16(out) => size_of_val(&**out),
+    let (out_at, out_bytes) = match &out {
+        RowsMut::F32(out) => (out.as_ptr().addr(), size_of_val(&**out)),
+        RowsMut::Bf16(out) => (out.as_ptr().addr(), size_of_val(&**out)),
     };
     let past = out_bytes >= PAST_BYTES
+        && out_at.is_multiple_of(ALIGN)
         && !epilogue.accumulate
         && epilogue.residual.is_none()
         && columns.is_multiple_of(TILE_COLUMNS);

@@ -119,22 +119,27 @@ impl Plan<'_> {
             };
             let rows = &strip.rows[at..];
             assert!(
-                rows.len() >= reach.last + (tile.rows - 1) * a_stride + k * element,
+                k <= chunk.len && rows.len() >= reach.last + (tile.rows - 1) * a_stride + k * element,
                 "{tile:?} {chunk:?}"
             );
             let kept = if self.keeps { row } else { 0 };
             let products = &mut strip.products[kept..kept + tile.rows];
-            self.multiply(
-                products,
-                rows,
-                &reach.taps,
+            let args = TileArgs {
+                a: rows.as_ptr(),
+                tap_at: reach.taps.as_ptr(),
+                taps: chunk.taps,
                 a_stride,
-                &strip.blocks,
-                columns.panels,
-                chunk,
+                rows: tile.rows,
+                b: strip.blocks.bytes.as_ptr(),
+                b_stride: strip.blocks.stride,
+                b_tap: strip.blocks.tap,
+                panels: columns.panels,
                 k,
+                c: products.as_mut_ptr().cast(),
+                accumulate: !chunk.first,
                 claim,
-            );
+            };
+            self.multiply(args, products, &strip.blocks);
             // At once: the loads would wait for the stores of a tile multiplied meanwhile, a multiple of 4 KiB away.
             let mut sums = None;
             if chunk.last && self.by_tap {
@@ -184,6 +189,7 @@ impl Plan<'_> {
     fn reach(&self, reach: &mut Reach, tile: &RowTile, chunk: &Chunk, row_bytes: usize) {
         if reach.phase != Some(tile.phase) {
             reach.first = self.geometry.offset(tile.phase, chunk.tap) * row_bytes;
+            reach.last = 0;
             for (tap, at) in reach.taps[..chunk.taps].iter_mut().enumerate() {
                 *at = self.geometry.offset(tile.phase, chunk.tap + tap) * row_bytes - reach.first;
                 reach.last = reach.last.max(*at);
@@ -192,43 +198,22 @@ impl Plan<'_> {
         }
     }
 
-    /// The products of a tile in `chunk`, by the kernel: row 0 of the chunk's tap `i` is at `rows[taps[i]]`.
+    /// The products of a tile, by the kernel: as many panels of `args` at a time as it takes, from `blocks` to `products`.
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
-    fn multiply(
-        &self,
-        products: &mut [[i32; TILE_COLUMNS]],
-        rows: &[u8],
-        taps: &[usize; MAX_TAPS],
-        a_stride: usize,
-        blocks: &Blocks<'_>,
-        panels: usize,
-        chunk: &Chunk,
-        k: usize,
-        claim: Claim,
-    ) {
+    fn multiply(&self, args: TileArgs, products: &mut [[i32; TILE_COLUMNS]], blocks: &Blocks<'_>) {
         let kernel = self.kernel;
-        assert!(products.len() <= kernel.mr && k <= chunk.len);
-        if k == 0 {
+        assert!(args.rows == products.len() && args.rows <= kernel.mr);
+        if args.k == 0 {
             products.fill([0; TILE_COLUMNS]);
             return;
         }
         let at_once = kernel.nr / TILE_N;
-        for p in (0..panels).step_by(at_once) {
+        for p in (0..args.panels).step_by(at_once) {
             let args = TileArgs {
-                a: rows.as_ptr(),
-                tap_at: taps.as_ptr(),
-                taps: chunk.taps,
-                a_stride,
-                rows: products.len(),
                 b: blocks.bytes[p * blocks.stride..].as_ptr(),
-                b_stride: blocks.stride,
-                b_tap: blocks.tap,
-                panels: at_once.min(panels - p),
-                k,
+                panels: at_once.min(args.panels - p),
                 c: products.as_mut_ptr().cast::<u8>().wrapping_add(p * TILE_N * 4),
-                accumulate: !chunk.first,
-                claim,
+                ..args
             };
             // SAFETY: the kernel was picked for this machine; each tap's a reaches rows * k elements (`strip` asserts it), b
             // holds the blocks of chunk.len >= k inputs of each tap and panel, c is `products`, borrowed here alone.

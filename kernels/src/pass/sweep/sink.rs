@@ -177,7 +177,7 @@ fn greatest<S: Simd>(s: S, [a, b, c, d]: Block<S::F>) -> f32 {
     s.max_lane(s.max(s.max(a, b), s.max(c, d)))
 }
 
-/// Slots of what is not written.
+/// Slots of what is not written, which take no memory.
 fn nowhere<const N: usize>(columns: usize) -> [&'static mut [()]; N] {
     std::array::from_fn(|_| Vec::leak(vec![(); columns]))
 }
