@@ -23,6 +23,8 @@ use crate::view::{Operand, RowsMut};
 pub(super) const PAIR: usize = TILE_COLUMNS / TILE_N;
 /// Most rows of a block.
 const BLOCK_ROWS: usize = 512;
+/// The same where weights are unpacked, which is done again for each block, if so many rows stay where the kernel wants them.
+const UNPACKED_BLOCK_ROWS: usize = 1024;
 /// Most rows of a block that is widened, or whose sums over taps had better stay in L1.
 pub(super) const SMALL_BLOCK_ROWS: usize = 128;
 /// How many times larger a block is whose weights are unpacked: that is done again for each, which costs more than to fetch rows
@@ -112,13 +114,6 @@ pub(super) fn run(
     let keeps = !chunks.iter().all(|chunk| chunk.first && chunk.last);
     let by_image = matches!(operand, Operand::U8Uniform { .. }) || epilogue.image_bias.is_some();
     let row_bytes = (weight.shape.k_padded() * kernel.types.row_bytes()).max(1);
-    let block_rows = if widens || by_tap && weight.bytes.len() <= RESIDENT_WEIGHT {
-        SMALL_BLOCK_ROWS
-    } else {
-        let blocks = if unpacks { UNPACKED_BLOCKS } else { 1 };
-        (blocks * kernel.block_bytes / row_bytes).min(BLOCK_ROWS).max(kernel.mr)
-    };
-    let geometry = Geometry::new(&input, &filter, kernel.mr, by_image, rows, folds.then_some(block_rows));
     let columns = epilogue.activation.columns(weight.shape.n);
     let (out_at, out_bytes) = match &out {
         RowsMut::F32(out) => (out.as_ptr().addr(), size_of_val(&**out)),
@@ -130,6 +125,15 @@ pub(super) fn run(
         && epilogue.residual.is_none()
         && columns.is_multiple_of(TILE_COLUMNS);
     let halves = past && !by_tap && epilogue.activation == Activation::Geglu;
+    let fits = kernel.block_bytes / row_bytes;
+    let block_rows = if widens || by_tap && weight.bytes.len() <= RESIDENT_WEIGHT {
+        SMALL_BLOCK_ROWS
+    } else if unpacks && !halves {
+        (UNPACKED_BLOCKS * fits).min(BLOCK_ROWS).max(fits.min(UNPACKED_BLOCK_ROWS)).max(kernel.mr)
+    } else {
+        fits.min(BLOCK_ROWS).max(kernel.mr)
+    };
+    let geometry = Geometry::new(&input, &filter, kernel.mr, by_image, rows, folds.then_some(block_rows));
     let out = match out {
         RowsMut::F32(out) => Out::F32(Shared::new(out)),
         RowsMut::Bf16(out) => Out::Bf16(Shared::new(out)),
