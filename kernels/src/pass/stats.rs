@@ -291,13 +291,15 @@ impl SimdOp for Moments<'_> {
             let moments = self.moments.as_chunks_mut::<2>().0;
             let count = (n * size) as f64;
             restore(s, &self.source, sum, ordered);
-            for_groups(ordered, size, |g, sum| {
-                let k = f64::from(natural[g * size]);
-                moments[g][0] += count * k + sum;
-                moments[g][1] += (count * k + 2.0 * sum) * k;
-            });
+            for (g, (channels, moments)) in ordered.chunks_exact(size).zip(&mut *moments).enumerate() {
+                let (k, sum) = (f64::from(natural[g * size]), sum_of(s, channels));
+                moments[0] += count * k + sum;
+                moments[1] += (count * k + 2.0 * sum) * k;
+            }
             restore(s, &self.source, squares, ordered);
-            for_groups(ordered, size, |g, squares| moments[g][1] += squares);
+            for (channels, moments) in ordered.chunks_exact(size).zip(moments) {
+                moments[1] += sum_of(s, channels);
+            }
         }
         restore(s, &self.source, least, sum);
         restore(s, &self.source, most, squares);
@@ -307,21 +309,15 @@ impl SimdOp for Moments<'_> {
     }
 }
 
-/// Calls `f` with every group of `size` channels and its sum. Several sums are made at a time, which don't wait for each other.
+/// The sum of `channels`.
 #[inline(always)]
-fn for_groups(channels: &[f32], size: usize, mut f: impl FnMut(usize, f64)) {
-    const TOGETHER: usize = 8;
-    for (first, groups) in channels.chunks(TOGETHER * size).enumerate() {
-        let mut sums = [0f32; TOGETHER];
-        for i in 0..size {
-            for (sum, group) in sums.iter_mut().zip(groups.chunks_exact(size)) {
-                *sum += group[i];
-            }
-        }
-        for (i, &sum) in sums[..groups.len() / size].iter().enumerate() {
-            f(TOGETHER * first + i, f64::from(sum));
-        }
+fn sum_of<S: Simd>(s: S, channels: &[f32]) -> f64 {
+    let mut sum = s.splat(0.0);
+    let mut whole = channels.chunks_exact(S::LANES);
+    for channels in &mut whole {
+        sum = s.add(s.load(channels), sum);
     }
+    f64::from(s.sum(s.add(s.load_partial(whole.remainder()), sum)))
 }
 
 /// Running sums of some channels, filled up to whole blocks.
@@ -356,10 +352,12 @@ impl Channels<'_> {
         let pixels: [&[T]; N] = std::array::from_fn(|p| &pixels[p * c..(p + 1) * c]);
         let step = 2 * S::LANES;
         let whole = c - c % step;
+        // Whole pixels, and as many as go together: each asks for what its successor needs.
+        let ahead = AHEAD.next_multiple_of(N * c * size_of::<T>());
         for i in (0..whole).step_by(step) {
             let pixels = pixels.map(|pixel| &pixel[i..i + step]);
             for pixel in pixels {
-                s.prefetch(pixel, AHEAD);
+                s.prefetch(pixel, ahead);
             }
             self.add_pairs(s, pixels, i);
         }
@@ -381,14 +379,28 @@ impl Channels<'_> {
         let k = f32::load_pair(s, &self.shift[range]);
         let (mut a, mut b) = (f32::load_pair(s, sum), f32::load_pair(s, squares));
         let (mut low, mut high) = (f32::load_pair(s, least), f32::load_pair(s, most));
-        for pixel in pixels {
-            let x = T::load_pair(s, pixel);
-            for i in 0..2 {
-                (low[i], high[i]) = (s.min(x[i], low[i]), s.max(x[i], high[i]));
-                let d = s.sub(x[i], k[i]);
-                a[i] = s.add(a[i], d);
-                b[i] = s.fma(d, d, b[i]);
+        let mut x = [k; N];
+        for (x, pixel) in x.iter_mut().zip(pixels) {
+            *x = T::load_pair(s, pixel);
+        }
+        for i in 0..2 {
+            let (mut least, mut most, mut d) = ([x[0][i]; N], [x[0][i]; N], [x[0][i]; N]);
+            for (p, x) in x.into_iter().enumerate() {
+                (least[p], most[p], d[p]) = (x[i], x[i], s.sub(x[i], k[i]));
+                b[i] = s.fma(d[p], d[p], b[i]);
             }
+            // In pairs, so that little waits for what came before.
+            let mut n = N;
+            while n > 1 {
+                n /= 2;
+                for p in 0..n {
+                    least[p] = s.min(least[p], least[p + n]);
+                    most[p] = s.max(most[p], most[p + n]);
+                    d[p] = s.add(d[p], d[p + n]);
+                }
+            }
+            (low[i], high[i]) = (s.min(least[0], low[i]), s.max(most[0], high[i]));
+            a[i] = s.add(d[0], a[i]);
         }
         for (to, v) in [(sum, a), (squares, b), (least, low), (most, high)] {
             s.store(v[0], to);

@@ -6,6 +6,7 @@ mod sink;
 
 use std::ops::Range;
 
+use crate::arch::claim;
 use crate::gemm::Activation;
 use crate::math;
 use crate::simd::shorts::{Pair, Shorts};
@@ -16,10 +17,37 @@ use super::Source;
 use super::silu::SiluTable;
 pub(super) use order::{arrange, filled, restore, width};
 use sink::Part;
-pub(super) use sink::{Codes, Elements, HighCodes, Keep, KeepPairs, LowCodes, Most, Sink, Sums};
+pub(super) use sink::{Codes, Elements, HighCodes, Keep, KeepPairs, LowCodes, Most, ScaledCodes, Sink, Sums};
 
 /// How many bytes ahead of a sweep memory is asked for, at least: about two pages, which hardware does not look beyond.
 pub(super) const AHEAD: usize = 4096;
+
+/// What a sweep asks of memory beforehand.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ahead<'a> {
+    /// Of the source.
+    pub(super) source: Distance,
+    /// Rows of as many codes as the number says, of which those of the sweep's rows are to be written soon.
+    pub(super) claim: Option<(&'a [u8], usize)>,
+}
+
+/// How far before a row of the source is needed it is asked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Distance {
+    /// It is there.
+    None,
+    /// By [`AHEAD`] bytes.
+    Bytes,
+    /// By as many rows.
+    Rows(usize),
+}
+
+impl Ahead<'_> {
+    /// Nothing.
+    pub(super) const NONE: Self = Ahead { source: Distance::None, claim: None };
+    /// For rows that have not been read.
+    pub(super) const SOURCE: Self = Ahead { source: Distance::Bytes, claim: None };
+}
 
 /// A row of the output.
 #[derive(Clone, Copy, Debug, Default)]
@@ -82,6 +110,9 @@ fn shorts<S: Simd>(s: S) -> S::Shorts {
 
 /// What blocks are put through.
 pub(super) trait Function: Copy {
+    /// Whether operations wait for each other so long that two rows go together even where their vectors are too many for the
+    /// registers.
+    const SLOW: bool = false;
     /// Of the blocks that come out.
     type Kind: Kind;
     /// Parameters of a block's columns.
@@ -197,6 +228,7 @@ impl<'a> Function for Standard<'a> {
 pub(super) struct AffineSilu<'a>(pub(super) Affine<'a>, pub(super) &'a SiluTable);
 
 impl<'a> Function for AffineSilu<'a> {
+    const SLOW: bool = true;
     type Kind = Pairs;
     type Columns = (&'a [f32], &'a [f32]);
 
@@ -227,8 +259,7 @@ impl<'a> Function for AffineSilu<'a> {
 pub(super) struct Sweep<'a, F, K> {
     pub(super) source: &'a Source<'a>,
     pub(super) rows: &'a [Row],
-    /// How many rows ahead of it memory is asked for, where the rows themselves have been read before; 0 where they haven't.
-    pub(super) next: usize,
+    pub(super) ahead: Ahead<'a>,
     pub(super) function: F,
     pub(super) sink: K,
 }
@@ -252,7 +283,7 @@ impl<F: Function, K: Sink<Kind = F::Kind>> Sweep<'_, F, K> {
     fn part<S: Simd, T: Element>(&mut self, s: S, data: &[T], part: Part) {
         let data = |_, row: &Row| &data[row.pixel * part.columns..(row.pixel + 1) * part.columns];
         let split = S::SPLITS && T::SPLIT;
-        sweep(s, self.rows, data, part, split, self.next, self.function, &mut self.sink);
+        sweep(s, self.rows, data, part, split, self.ahead, self.function, &mut self.sink);
     }
 }
 
@@ -273,9 +304,9 @@ impl<K: Sink<Kind = Floats>> SimdOp for SweepKept<'_, K> {
         for (rows, part) in parts::<S>(self.source) {
             let data = |i, _: &Row| &self.kept[part.of_kept(i, self.width)];
             if order::split::<S>(&rows) {
-                sweep(s, self.rows, data, part, true, 0, Same, &mut self.sink);
+                sweep(s, self.rows, data, part, true, Ahead::NONE, Same, &mut self.sink);
             } else {
-                sweep(s, self.rows, data, part, false, 0, Same, &mut self.sink);
+                sweep(s, self.rows, data, part, false, Ahead::NONE, Same, &mut self.sink);
             }
         }
     }
@@ -353,16 +384,16 @@ fn sweep<'a, S: Simd, T: Element, F: Function, K: Sink<Kind = F::Kind>>(
     data: impl Fn(usize, &Row) -> &'a [T],
     part: Part,
     split: bool,
-    next: usize,
+    ahead: Ahead<'_>,
     function: F,
     sink: &mut K,
 ) {
-    let together = if S::REGISTERS >= 32 { rows.len() / 2 } else { 0 };
+    let together = if S::REGISTERS >= 32 || F::SLOW { rows.len() / 2 } else { 0 };
     for i in (0..2 * together).step_by(2) {
-        sweep_rows(s, [(i, &rows[i]), (i + 1, &rows[i + 1])], &data, part, split, next, function, sink);
+        sweep_rows(s, [(i, &rows[i]), (i + 1, &rows[i + 1])], &data, part, split, ahead, function, sink);
     }
     for (i, row) in rows.iter().enumerate().skip(2 * together) {
-        sweep_rows(s, [(i, row)], &data, part, split, next, function, sink);
+        sweep_rows(s, [(i, row)], &data, part, split, ahead, function, sink);
     }
 }
 
@@ -374,7 +405,7 @@ fn sweep_rows<'a, S: Simd, T: Element, F: Function, K: Sink<Kind = F::Kind>, con
     data: impl Fn(usize, &Row) -> &'a [T],
     part: Part,
     split: bool,
-    next: usize,
+    ahead: Ahead<'_>,
     function: F,
     sink: &mut K,
 ) {
@@ -390,17 +421,29 @@ fn sweep_rows<'a, S: Simd, T: Element, F: Function, K: Sink<Kind = F::Kind>, con
     let mut slots = sink.slots(rows, part);
     // Whole rows, and as many as go together: each of these asks for what its successor needs.
     let bytes = part.columns.max(1) * size_of::<T>();
-    let ahead = if next == 0 { AHEAD.next_multiple_of(N * bytes) } else { next * bytes };
+    let distance = match ahead.source {
+        Distance::None => None,
+        Distance::Bytes => Some(AHEAD.next_multiple_of(N * bytes)),
+        Distance::Rows(n) => Some(n * bytes),
+    };
+    let claims = ahead.claim.map(|(codes, stride)| places.map(|row| &codes[row.columns(stride, part)]));
     let mut blocks = src.map(|src| src[..whole].chunks_exact(S::BLOCK));
     let mut outs = slots.each_mut().map(|slot| slot[..whole].chunks_exact_mut(S::BLOCK));
-    for columns in function.columns::<S>(part.at).take(whole / S::BLOCK) {
+    for (i, columns) in function.columns::<S>(part.at).take(whole / S::BLOCK).enumerate() {
         let mut x = zeros;
         for (x, blocks) in x.iter_mut().zip(&mut blocks) {
             let block = blocks.next().expect("as many blocks in each row");
-            for line in block.chunks_exact(64 / size_of::<T>()) {
-                s.prefetch(line, ahead);
+            if let Some(distance) = distance {
+                for line in block.chunks_exact(64 / size_of::<T>()) {
+                    s.prefetch(line, distance);
+                }
             }
             *x = T::load_block(s, block);
+        }
+        if let Some(claims) = claims {
+            for codes in claims {
+                claim(codes.as_ptr().wrapping_add(i * S::BLOCK));
+            }
         }
         let y = function.apply(s, x, places, columns, split);
         for ((y, state), out) in y.into_iter().zip(&mut states).zip(&mut outs) {

@@ -24,6 +24,10 @@ pub const BLOCK_VECTORS: usize = 4;
 /// Elements of the longest block.
 pub const MAX_BLOCK: usize = BLOCK_VECTORS * MAX_LANES;
 
+/// `1.5 * 2^23 + 128`: what is added to it is rounded to an integer, and the low byte is the code of that.
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "other tiers convert"))]
+const CODE_ZERO: f32 = 12_583_040.0;
+
 /// [`BLOCK_VECTORS`] vectors.
 pub type Block<F> = [F; BLOCK_VECTORS];
 
@@ -122,6 +126,15 @@ pub trait Simd: Copy + Send + Sync + 'static {
         for (v, dst) in block.into_iter().zip(dst.chunks_exact_mut(Self::LANES)) {
             self.store_codes(v, dst);
         }
+    }
+    /// Stores a block of codes `round(v * factor) + 128`, which is in split order if `split`; for products of magnitudes up to
+    /// 127, not rounded first where the tier fuses. NaN becomes any code.
+    #[inline(always)]
+    fn store_scaled_codes(self, mut block: Block<Self::F>, factor: Self::F, split: bool, dst: &mut [u8]) {
+        for v in &mut block {
+            *v = self.mul(*v, factor);
+        }
+        self.store_codes_block(block, split, dst);
     }
 
     /// `a + b`
@@ -421,6 +434,12 @@ pub(crate) mod tests {
         let (mut codes, mut half_codes) = (vec![0u8; S::BLOCK], vec![0u8; S::BLOCK]);
         s.store_codes_block(a, f32::SPLIT, &mut codes);
         s.store_codes_block(b, bf16::SPLIT, &mut half_codes);
+        assert_eq!(codes, wide.iter().map(|&x| code(x)).collect::<Vec<_>>());
+        assert_eq!(half_codes, joined.iter().map(|&x| code(x)).collect::<Vec<_>>());
+        let factor = s.splat(0.1234);
+        let code = |x: f32| code(x * 0.1234);
+        s.store_scaled_codes(a, factor, f32::SPLIT, &mut codes);
+        s.store_scaled_codes(b, factor, bf16::SPLIT, &mut half_codes);
         assert_eq!(codes, wide.iter().map(|&x| code(x)).collect::<Vec<_>>());
         assert_eq!(half_codes, joined.iter().map(|&x| code(x)).collect::<Vec<_>>());
     }

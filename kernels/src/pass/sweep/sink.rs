@@ -3,10 +3,11 @@
 
 use std::ops::Range;
 
+use crate::arch::claim;
 use crate::simd::shorts::{Pair, Shorts};
 use crate::simd::{BLOCK_VECTORS, Block, Element, MAX_BLOCK, Simd};
 
-use super::{Floats, Kind, Pairs, Row, shorts};
+use super::{AHEAD, Floats, Kind, Pairs, Row, shorts};
 
 /// What takes the blocks of some rows.
 pub(in crate::pass) trait Sink {
@@ -95,6 +96,43 @@ impl Sink for Codes<'_> {
 
     #[inline(always)]
     fn end<S: Simd>(&mut self, _: S, _: Self::State<S>, _: usize) {}
+}
+
+/// `round(y * inverse) + 128` in rows of `stride`, of magnitudes up to `127 / inverse`. The product is not rounded first where the
+/// tier fuses.
+pub(in crate::pass) struct ScaledCodes<'a> {
+    pub(in crate::pass) codes: &'a mut [u8],
+    pub(in crate::pass) stride: usize,
+}
+
+impl Sink for ScaledCodes<'_> {
+    type Kind = Floats;
+    type State<S: Simd> = S::F;
+    type Item = u8;
+
+    #[inline(always)]
+    fn begin<S: Simd>(&self, s: S, row: &Row) -> S::F {
+        s.splat(row.inverse)
+    }
+
+    #[inline(always)]
+    fn slots<const N: usize>(&mut self, rows: [(usize, &Row); N], part: Part) -> [&mut [u8]; N] {
+        disjoint(self.codes, rows.map(|(_, row)| row.columns(self.stride, part)))
+    }
+
+    #[inline(always)]
+    fn put<S: Simd>(s: S, inverse: &mut S::F, y: Block<S::F>, split: bool, slot: &mut [u8]) {
+        if slot.len() == S::BLOCK {
+            s.store_scaled_codes(y, *inverse, split, slot);
+        } else {
+            let mut all = [0; MAX_BLOCK];
+            s.store_scaled_codes(y, *inverse, split, &mut all);
+            slot.copy_from_slice(&all[..slot.len()]);
+        }
+    }
+
+    #[inline(always)]
+    fn end<S: Simd>(&mut self, _: S, _: S::F, _: usize) {}
 }
 
 /// `y` as elements of a tensor in rows of `stride`.
@@ -269,6 +307,7 @@ impl Sink for HighCodes<'_> {
     #[inline(always)]
     fn put<S: Simd>(s: S, (): &mut (), y: <Pairs as Kind>::Block<S>, split: bool, slot: &mut [u8]) {
         if slot.len() == S::BLOCK {
+            claim(slot.as_ptr().wrapping_add(AHEAD / 2));
             shorts(s).store_codes_high(y, split, slot);
         } else {
             let mut all = [0; MAX_BLOCK];
@@ -324,7 +363,7 @@ impl Sink for LowCodes<'_> {
     fn end<S: Simd>(&mut self, _: S, _: Self::State<S>, _: usize) {}
 }
 
-/// As [`Keep`] of 16-bit numbers.
+/// As [`Keep`] of 16-bit numbers, but the greatest of these and 0.
 pub(in crate::pass) struct KeepPairs<'a> {
     pub(in crate::pass) kept: &'a mut [i16],
     pub(in crate::pass) width: usize,
@@ -356,7 +395,7 @@ impl Sink for KeepPairs<'_> {
     ) {
         for ((y, most), slot) in y.into_iter().zip(most).zip(slot.chunks_exact_mut(2 * S::LANES)) {
             shorts(s).store(y, slot);
-            *most = shorts(s).max_abs(y, *most);
+            *most = shorts(s).max(y, *most);
         }
     }
 

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::prefetch;
 use crate::layout::ALIGN;
 use crate::simd::shorts::{Pair, Shorts, Table};
-use crate::simd::{Block, Simd, SimdOp};
+use crate::simd::{Block, CODE_ZERO, Simd, SimdOp};
 use crate::{bf16, f16};
 
 /// Eight lanes. A value proves AVX2, FMA and F16C.
@@ -41,6 +41,15 @@ pub(super) fn has_avx2() -> bool {
 
 /// Eight lanes of ones and eight of zeros: a window of eight that starts at `8 - len` enables the first `len`.
 static MASK8: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
+
+/// Nothing, but not to be passed by another of its kind.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn in_turn(mut v: __m256i) -> __m256i {
+    // SAFETY: there is no instruction.
+    unsafe { std::arch::asm!("/* {} */", inout(ymm_reg) v, options(nomem, nostack, preserves_flags)) };
+    v
+}
 
 impl Avx2 {
     #[inline(always)]
@@ -263,6 +272,29 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
+    fn store_scaled_codes(self, mut block: Block<__m256>, factor: __m256, split: bool, dst: &mut [u8]) {
+        let dst = &mut dst[..Self::BLOCK];
+        for v in &mut block {
+            *v = self.fma(*v, factor, Simd::splat(self, CODE_ZERO));
+        }
+        let [a, b, c, d] = block;
+        tier!({
+            let (a, b) = (_mm256_castps_si256(a), _mm256_castps_si256(b));
+            let (c, d) = (_mm256_castps_si256(c), _mm256_castps_si256(d));
+            let ab = _mm256_blend_epi16::<0xaa>(a, _mm256_slli_epi32::<16>(b));
+            let cd = _mm256_blend_epi16::<0xaa>(c, _mm256_slli_epi32::<16>(d));
+            let bytes = _mm256_packus_epi16(ab, cd);
+            let codes = if split {
+                _mm256_permute4x64_epi64::<0xd8>(bytes)
+            } else {
+                let apart = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+                let bytes = _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(apart));
+                _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))
+            };
+            _mm256_storeu_si256(dst.as_mut_ptr().cast(), codes)
+        })
+    }
+    #[inline(always)]
     fn add(self, a: __m256, b: __m256) -> __m256 {
         tier!(_mm256_add_ps(a, b))
     }
@@ -373,9 +405,13 @@ impl Shorts for Avx2 {
     const PIECES: usize = 16;
     type F = __m256;
     type V = __m256i;
-    /// The piece in the low bytes, then in the high ones; the others take no part.
-    type Index = [__m256i; 2];
+    /// Bytes of the first vector and of the second in turn, eight each.
+    type Index = __m256i;
 
+    #[inline(always)]
+    fn in_turn(self, v: __m256i) -> __m256i {
+        tier!(in_turn(v))
+    }
     #[inline(always)]
     fn round_block(self, [a, b, c, d]: Block<__m256>, split: bool) -> Pair<__m256i> {
         tier!({
@@ -403,14 +439,11 @@ impl Shorts for Avx2 {
         tier!(_mm256_storeu_si256(dst.as_mut_ptr().cast(), v))
     }
     #[inline(always)]
-    fn index(self, v: __m256i) -> [__m256i; 2] {
+    fn index(self, [a, b]: Pair<__m256i>) -> __m256i {
         tier!({
-            let piece = _mm256_and_si256(_mm256_mulhrs_epi16(v, _mm256_set1_epi16(8)), _mm256_set1_epi16(15));
-            // A byte with its highest bit set looks up 0.
-            [
-                _mm256_or_si256(piece, _mm256_set1_epi16(0x8000u16 as i16)),
-                _mm256_or_si256(_mm256_slli_epi16::<8>(piece), _mm256_set1_epi16(0x80)),
-            ]
+            let upper = _mm256_set1_epi16(8);
+            let pieces = _mm256_packs_epi16(_mm256_mulhrs_epi16(a, upper), _mm256_mulhrs_epi16(b, upper));
+            _mm256_and_si256(pieces, _mm256_set1_epi8(15))
         })
     }
     #[inline(always)]
@@ -418,12 +451,13 @@ impl Shorts for Avx2 {
         tier!(_mm256_slli_epi16::<4>(v))
     }
     #[inline(always)]
-    fn lookup(self, table: &Table, [low, high]: [__m256i; 2]) -> __m256i {
+    fn lookup(self, table: &Table, index: __m256i) -> Pair<__m256i> {
         tier!({
             let [lows, highs] = &table.bytes;
             let lows = _mm256_broadcastsi128_si256(_mm_loadu_si128(lows.as_ptr().cast()));
             let highs = _mm256_broadcastsi128_si256(_mm_loadu_si128(highs.as_ptr().cast()));
-            _mm256_or_si256(_mm256_shuffle_epi8(lows, low), _mm256_shuffle_epi8(highs, high))
+            let (low, high) = (_mm256_shuffle_epi8(lows, index), _mm256_shuffle_epi8(highs, index));
+            [_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)]
         })
     }
     #[inline(always)]
@@ -439,8 +473,8 @@ impl Shorts for Avx2 {
         tier!(_mm256_adds_epi16(a, b))
     }
     #[inline(always)]
-    fn max_abs(self, a: __m256i, most: __m256i) -> __m256i {
-        tier!(_mm256_max_epu16(_mm256_abs_epi16(a), most))
+    fn max(self, a: __m256i, b: __m256i) -> __m256i {
+        tier!(_mm256_max_epi16(a, b))
     }
     #[inline(always)]
     fn max_lane(self, v: __m256i) -> u16 {

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::prefetch;
 use crate::layout::ALIGN;
 use crate::simd::shorts::{Pair, Shorts, Table};
-use crate::simd::{Block, Simd, SimdOp};
+use crate::simd::{Block, CODE_ZERO, Simd, SimdOp};
 use crate::{bf16, f16};
 
 /// Sixteen lanes. A value proves AVX-512 F, BW, VL, DQ and AVX2, FMA, and AVX-512-BF16 if `BF16`.
@@ -54,6 +54,15 @@ pub(in crate::simd) fn run_avx512_bf16<O: SimdOp>(op: O) -> O::Output {
     assert!(has_avx512() && is_x86_feature_detected!("avx512bf16"), "no AVX-512-BF16 here");
     // SAFETY: the features were found; AVX2 is part of AVX-512.
     unsafe { enter_avx512_bf16(op) }
+}
+
+/// Nothing, but not to be passed by another of its kind.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn in_turn(mut v: __m512i) -> __m512i {
+    // SAFETY: there is no instruction.
+    unsafe { std::arch::asm!("/* {} */", inout(zmm_reg) v, options(nomem, nostack, preserves_flags)) };
+    v
 }
 
 impl<const BF16: bool> Avx512<BF16> {
@@ -270,6 +279,30 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         })
     }
     #[inline(always)]
+    fn store_scaled_codes(self, mut block: Block<__m512>, factor: __m512, split: bool, dst: &mut [u8]) {
+        let dst = &mut dst[..Self::BLOCK];
+        for v in &mut block {
+            *v = self.fma(*v, factor, Simd::splat(self, CODE_ZERO));
+        }
+        let [a, b, c, d] = block;
+        tier!({
+            let (a, b) = (_mm512_castps_si512(a), _mm512_castps_si512(b));
+            let (c, d) = (_mm512_castps_si512(c), _mm512_castps_si512(d));
+            let high = _mm512_set1_epi32(0xffff_0000u32 as i32);
+            // second << 16 where `high`, else first
+            let ab = _mm512_ternarylogic_epi32::<0xca>(high, _mm512_slli_epi32::<16>(b), a);
+            let cd = _mm512_ternarylogic_epi32::<0xca>(high, _mm512_slli_epi32::<16>(d), c);
+            let bytes = _mm512_packus_epi16(ab, cd);
+            let codes = if split {
+                self.order_split(bytes)
+            } else {
+                let apart = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+                self.order_packed(_mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(apart)))
+            };
+            _mm512_storeu_si512(dst.as_mut_ptr().cast(), codes)
+        })
+    }
+    #[inline(always)]
     fn add(self, a: __m512, b: __m512) -> __m512 {
         tier!(_mm512_add_ps(a, b))
     }
@@ -394,8 +427,12 @@ impl<const BF16: bool> Shorts for Avx512<BF16> {
     const PIECES: usize = 32;
     type F = __m512;
     type V = __m512i;
-    type Index = __m512i;
+    type Index = Pair<__m512i>;
 
+    #[inline(always)]
+    fn in_turn(self, v: __m512i) -> __m512i {
+        tier!(in_turn(v))
+    }
     #[inline(always)]
     fn round_block(self, [a, b, c, d]: Block<__m512>, split: bool) -> Pair<__m512i> {
         tier!({
@@ -423,16 +460,22 @@ impl<const BF16: bool> Shorts for Avx512<BF16> {
         tier!(_mm512_storeu_si512(dst.as_mut_ptr().cast(), v))
     }
     #[inline(always)]
-    fn index(self, v: __m512i) -> __m512i {
-        tier!(_mm512_mulhrs_epi16(v, _mm512_set1_epi16(16)))
+    fn index(self, [a, b]: Pair<__m512i>) -> Pair<__m512i> {
+        tier!({
+            let upper = _mm512_set1_epi16(16);
+            [_mm512_mulhrs_epi16(a, upper), _mm512_mulhrs_epi16(b, upper)]
+        })
     }
     #[inline(always)]
     fn place(self, v: __m512i) -> __m512i {
         tier!(_mm512_slli_epi16::<5>(v))
     }
     #[inline(always)]
-    fn lookup(self, table: &Table, index: __m512i) -> __m512i {
-        tier!(_mm512_permutexvar_epi16(index, _mm512_loadu_si512(table.numbers.as_ptr().cast())))
+    fn lookup(self, table: &Table, [a, b]: Pair<__m512i>) -> Pair<__m512i> {
+        tier!({
+            let table = _mm512_loadu_si512(table.numbers.as_ptr().cast());
+            [_mm512_permutexvar_epi16(a, table), _mm512_permutexvar_epi16(b, table)]
+        })
     }
     #[inline(always)]
     fn mul(self, a: __m512i, b: __m512i) -> __m512i {
@@ -447,8 +490,8 @@ impl<const BF16: bool> Shorts for Avx512<BF16> {
         tier!(_mm512_adds_epi16(a, b))
     }
     #[inline(always)]
-    fn max_abs(self, a: __m512i, most: __m512i) -> __m512i {
-        tier!(_mm512_max_epu16(_mm512_abs_epi16(a), most))
+    fn max(self, a: __m512i, b: __m512i) -> __m512i {
+        tier!(_mm512_max_epi16(a, b))
     }
     #[inline(always)]
     fn max_lane(self, v: __m512i) -> u16 {
