@@ -12,7 +12,7 @@ use crate::simd::{Simd, SimdOp};
 use crate::view::{Coding, ImageShape, OperandMut, Rows};
 
 use super::columns::Columns;
-use super::silu::SiluTable;
+use super::silu::{DIP, SiluTable};
 use super::sweep::{
     Activate, Affine, AffineSilu, Ahead, Codes, Distance, Elements, Floats, Function, HighCodes, Keep,
     KeepPairs, LowCodes, Most, Row, Same, ScaledCodes, Sink, Standard, Sums, Sweep, SweepKept, SweepPairs,
@@ -31,9 +31,6 @@ const KEPT: usize = 3 * 1024;
 
 /// Results of SiLU in 16 bits make a row of codes where their error is less than a part of a step, the inverse of this.
 const STEPS: f32 = 6.0;
-
-/// `-min x sigmoid(x)`, a little more.
-const DIP: f32 = 0.2785;
 
 /// The least magnitude that gets a scale: a row of smaller numbers is a row of zeros.
 const LEAST: f32 = 1e-30;
@@ -207,7 +204,7 @@ impl Maker<'_> {
         let ahead = Ahead { claim: Some((&*codes, stride)), ..Ahead::SOURCE };
         self.sweep(s, rows, ahead, silu, KeepPairs { kept: pairs, width, most: &mut *most });
         // Where the greatest is not that of the magnitudes, it is small.
-        let least = (127.0 * STEPS * error).max(DIP / unit);
+        let least = (127.0 * STEPS * error).max(DIP / unit + error);
         let (mut weak, mut n) = ([Row::default(); ROWS], 0);
         for (row, &mut most) in rows.iter_mut().zip(most) {
             let most = f32::from(most);

@@ -18,6 +18,9 @@ pub(super) struct SiluTable {
     coefficients: [Table; 3],
 }
 
+/// `-min x sigmoid(x)`.
+pub(super) const DIP: f32 = 0.278_465;
+
 /// Below this SiLU is nearly 0, and taken for what it is here.
 const FAR: f32 = -9.0;
 

@@ -9,6 +9,7 @@ use crate::par::{Shared, Workers};
 use crate::simd::{Element, MAX_BLOCK, Simd, SimdOp, dispatch};
 use crate::view::{Coding, ImageShape, Rows};
 
+use super::silu::DIP;
 use super::sweep::{AHEAD, arrange, filled, restore, width};
 use super::{Norm, Recipe, Source};
 use crate::gemm::Activation;
@@ -202,8 +203,6 @@ pub fn range_codings(stats: &[f32], channels: usize, factors: Option<&[f32]>, im
 
 /// The end farther from 0 of what `activation` makes of all t from 0 to `y`.
 fn bound(activation: Activation, y: f32) -> f32 {
-    /// `-min x sigmoid(x)`.
-    const DIP: f32 = 0.278_465;
     match activation {
         Activation::Relu => y.max(0.0),
         Activation::Silu if y < 0.0 => y.max(-DIP),
@@ -291,14 +290,17 @@ impl SimdOp for Moments<'_> {
             let moments = self.moments.as_chunks_mut::<2>().0;
             let count = (n * size) as f64;
             restore(s, &self.source, sum, ordered);
-            for (g, (channels, moments)) in ordered.chunks_exact(size).zip(&mut *moments).enumerate() {
-                let (k, sum) = (f64::from(natural[g * size]), sum_of(s, channels));
+            let group_sums = &mut sum[..moments.len()];
+            sum_groups(s, ordered, size, group_sums);
+            for (g, (&mut sum, moments)) in group_sums.iter_mut().zip(&mut *moments).enumerate() {
+                let (k, sum) = (f64::from(natural[g * size]), f64::from(sum));
                 moments[0] += count * k + sum;
                 moments[1] += (count * k + 2.0 * sum) * k;
             }
             restore(s, &self.source, squares, ordered);
-            for (channels, moments) in ordered.chunks_exact(size).zip(moments) {
-                moments[1] += sum_of(s, channels);
+            sum_groups(s, ordered, size, group_sums);
+            for (&mut squares, moments) in group_sums.iter_mut().zip(moments) {
+                moments[1] += f64::from(squares);
             }
         }
         restore(s, &self.source, least, sum);
@@ -309,15 +311,20 @@ impl SimdOp for Moments<'_> {
     }
 }
 
-/// The sum of `channels`.
+/// Sums of groups of `size` channels.
 #[inline(always)]
-fn sum_of<S: Simd>(s: S, channels: &[f32]) -> f64 {
-    let mut sum = s.splat(0.0);
-    let mut whole = channels.chunks_exact(S::LANES);
-    for channels in &mut whole {
-        sum = s.add(s.load(channels), sum);
+fn sum_groups<S: Simd>(s: S, channels: &[f32], size: usize, sums: &mut [f32]) {
+    for (sums, groups) in sums.chunks_mut(4).zip(channels.chunks(4 * size)) {
+        let mut lanes = [s.splat(0.0); 4];
+        for (lanes, group) in lanes.iter_mut().zip(groups.chunks_exact(size)) {
+            let mut whole = group.chunks_exact(S::LANES);
+            for channels in &mut whole {
+                *lanes = s.add(s.load(channels), *lanes);
+            }
+            *lanes = s.add(s.load_partial(whole.remainder()), *lanes);
+        }
+        sums.copy_from_slice(&s.sums(lanes)[..sums.len()]);
     }
-    f64::from(s.sum(s.add(s.load_partial(whole.remainder()), sum)))
 }
 
 /// Running sums of some channels, filled up to whole blocks.
@@ -356,8 +363,10 @@ impl Channels<'_> {
         let ahead = AHEAD.next_multiple_of(N * c * size_of::<T>());
         for i in (0..whole).step_by(step) {
             let pixels = pixels.map(|pixel| &pixel[i..i + step]);
-            for pixel in pixels {
-                s.prefetch(pixel, ahead);
+            if (i * size_of::<T>()).is_multiple_of(64) {
+                for line in pixels.iter().flat_map(|pixel| pixel.chunks(64 / size_of::<T>())) {
+                    s.prefetch(line, ahead);
+                }
             }
             self.add_pairs(s, pixels, i);
         }

@@ -1,20 +1,19 @@
 //! Walks over some rows, block by block: what a block is put through, and where it goes.
 #![forbid(unsafe_code)]
 
+mod function;
 mod order;
 mod sink;
 
 use std::ops::Range;
 
 use crate::arch::claim;
-use crate::gemm::Activation;
-use crate::math;
 use crate::simd::shorts::{Pair, Shorts};
 use crate::simd::{BLOCK_VECTORS, Block, Element, MAX_BLOCK, Simd, SimdOp};
 use crate::view::Rows;
 
 use super::Source;
-use super::silu::SiluTable;
+pub(super) use function::{Activate, Affine, AffineSilu, Function, Same, Standard};
 pub(super) use order::{arrange, filled, restore, width};
 use sink::Part;
 pub(super) use sink::{Codes, Elements, HighCodes, Keep, KeepPairs, LowCodes, Most, ScaledCodes, Sink, Sums};
@@ -106,153 +105,6 @@ impl Kind for Pairs {
 #[inline(always)]
 fn shorts<S: Simd>(s: S) -> S::Shorts {
     s.shorts().expect("rows of 16-bit numbers are made by tiers that have them")
-}
-
-/// What blocks are put through.
-pub(super) trait Function: Copy {
-    /// Whether operations wait for each other so long that two rows go together even where their vectors are too many for the
-    /// registers.
-    const SLOW: bool = false;
-    /// Of the blocks that come out.
-    type Kind: Kind;
-    /// Parameters of a block's columns.
-    type Columns: Copy;
-    /// Those of each whole block of a row, from place `at` on.
-    fn columns<S: Simd>(&self, at: usize) -> impl Iterator<Item = Self::Columns>;
-    /// What becomes of blocks of the same columns of `rows`, in split order if `split`.
-    fn apply<S: Simd, const N: usize>(
-        &self,
-        s: S,
-        x: [Block<S::F>; N],
-        rows: [&Row; N],
-        columns: Self::Columns,
-        split: bool,
-    ) -> [<Self::Kind as Kind>::Block<S>; N];
-}
-
-/// `x`.
-#[derive(Clone, Copy)]
-pub(super) struct Same;
-
-impl Function for Same {
-    type Kind = Floats;
-    type Columns = ();
-
-    #[inline(always)]
-    fn columns<S: Simd>(&self, _: usize) -> impl Iterator<Item = ()> {
-        std::iter::repeat(())
-    }
-
-    #[inline(always)]
-    fn apply<S: Simd, const N: usize>(
-        &self,
-        _: S,
-        x: [Block<S::F>; N],
-        _: [&Row; N],
-        (): (),
-        _: bool,
-    ) -> [Block<S::F>; N] {
-        x
-    }
-}
-
-/// `x * factor[c] + offset[c]`.
-#[derive(Clone, Copy)]
-pub(super) struct Affine<'a> {
-    pub(super) factor: &'a [f32],
-    pub(super) offset: &'a [f32],
-}
-
-impl<'a> Function for Affine<'a> {
-    type Kind = Floats;
-    type Columns = (&'a [f32], &'a [f32]);
-
-    #[inline(always)]
-    fn columns<S: Simd>(&self, at: usize) -> impl Iterator<Item = Self::Columns> {
-        self.factor[at..].chunks_exact(S::BLOCK).zip(self.offset[at..].chunks_exact(S::BLOCK))
-    }
-
-    #[inline(always)]
-    fn apply<S: Simd, const N: usize>(
-        &self,
-        s: S,
-        mut x: [Block<S::F>; N],
-        _: [&Row; N],
-        (factor, offset): Self::Columns,
-        _: bool,
-    ) -> [Block<S::F>; N] {
-        let (factor, offset) = (f32::load_block(s, factor), f32::load_block(s, offset));
-        for i in 0..BLOCK_VECTORS {
-            for x in &mut x {
-                x[i] = s.fma(x[i], factor[i], offset[i]);
-            }
-        }
-        x
-    }
-}
-
-/// `(x - mean) * rstd * factor[c] + offset[c]`.
-#[derive(Clone, Copy)]
-pub(super) struct Standard<'a>(pub(super) Affine<'a>);
-
-impl<'a> Function for Standard<'a> {
-    type Kind = Floats;
-    type Columns = (&'a [f32], &'a [f32]);
-
-    #[inline(always)]
-    fn columns<S: Simd>(&self, at: usize) -> impl Iterator<Item = Self::Columns> {
-        self.0.columns::<S>(at)
-    }
-
-    #[inline(always)]
-    fn apply<S: Simd, const N: usize>(
-        &self,
-        s: S,
-        mut x: [Block<S::F>; N],
-        rows: [&Row; N],
-        columns: Self::Columns,
-        split: bool,
-    ) -> [Block<S::F>; N] {
-        for (x, row) in x.iter_mut().zip(rows) {
-            let [rstd, shift] = row.standard;
-            for x in x {
-                *x = s.fma(*x, s.splat(rstd), s.splat(shift));
-            }
-        }
-        self.0.apply(s, x, rows, columns, split)
-    }
-}
-
-/// SiLU by a table, of `x * factor[c] + offset[c]` in the table's units.
-#[derive(Clone, Copy)]
-pub(super) struct AffineSilu<'a>(pub(super) Affine<'a>, pub(super) &'a SiluTable);
-
-impl<'a> Function for AffineSilu<'a> {
-    const SLOW: bool = true;
-    type Kind = Pairs;
-    type Columns = (&'a [f32], &'a [f32]);
-
-    #[inline(always)]
-    fn columns<S: Simd>(&self, at: usize) -> impl Iterator<Item = Self::Columns> {
-        self.0.columns::<S>(at)
-    }
-
-    #[inline(always)]
-    fn apply<S: Simd, const N: usize>(
-        &self,
-        s: S,
-        x: [Block<S::F>; N],
-        rows: [&Row; N],
-        columns: Self::Columns,
-        split: bool,
-    ) -> [<Pairs as Kind>::Block<S>; N] {
-        let x = self.0.apply(s, x, rows, columns, split);
-        let mut pairs = [[shorts(s).splat(0); 2]; N];
-        for (pair, x) in pairs.iter_mut().zip(x) {
-            *pair = shorts(s).round_block(x, split);
-        }
-        self.1.of(shorts(s), pairs)
-    }
 }
 
 /// Makes `rows` of `source` and hands them to `sink`.
@@ -351,7 +203,7 @@ impl<K: Sink<Kind = Pairs>> SweepPairs<'_, K> {
             if !rest.is_empty() {
                 K::put(s, &mut state, load_pair(s, last), split, rest);
             }
-            self.sink.end(s, state, i);
+            self.sink.end(s, [state], [i]);
         }
     }
 }
@@ -464,40 +316,5 @@ fn sweep_rows<'a, S: Simd, T: Element, F: Function, K: Sink<Kind = F::Kind>, con
             K::put(s, state, y, split, &mut slot[whole..]);
         }
     }
-    for ((i, _), state) in rows.into_iter().zip(states) {
-        sink.end(s, state, i);
-    }
-}
-
-/// Puts rows that were kept through an activation, as exact as the output, and multiplies them by the columns' factors.
-pub(super) struct Activate<'a> {
-    pub(super) rows: Keep<'a>,
-    pub(super) activation: Activation,
-    /// Whether the output has 16 bits or fewer.
-    pub(super) coarse: bool,
-    pub(super) factors: Option<&'a [f32]>,
-}
-
-impl SimdOp for Activate<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Keep { kept, width, most } = self.rows;
-        let silu = self.coarse && self.activation == Activation::Silu;
-        for (row, most) in kept.chunks_exact_mut(width.max(1)).zip(most) {
-            let mut lanes = s.splat(0.0);
-            for (i, x) in row.chunks_exact_mut(S::LANES).enumerate() {
-                let v = s.load(x);
-                let y = if silu { math::silu_coarse(s, v) } else { self.activation.apply(s, v) };
-                let y = match self.factors {
-                    Some(factors) => s.mul(y, s.load(&factors[i * S::LANES..])),
-                    None => y,
-                };
-                s.store(y, x);
-                lanes = s.max_abs(y, lanes);
-            }
-            *most = s.max_lane(lanes);
-        }
-    }
+    sink.end(s, states, rows.map(|(i, _)| i));
 }

@@ -176,6 +176,16 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn sum(self, a: Self::F) -> f32;
     /// The greatest lane.
     fn max_lane(self, a: Self::F) -> f32;
+    /// The sums of all lanes of each, in an order of their own.
+    #[inline(always)]
+    fn sums(self, [a, b, c, d]: [Self::F; 4]) -> [f32; 4] {
+        [self.sum(a), self.sum(b), self.sum(c), self.sum(d)]
+    }
+    /// The greatest lane of each.
+    #[inline(always)]
+    fn max_lanes(self, [a, b]: [Self::F; 2]) -> [f32; 2] {
+        [self.max_lane(a), self.max_lane(b)]
+    }
     /// Transposes `LANES` vectors: `rows[i][j]` becomes `rows[j][i]`.
     fn transpose(self, rows: &mut [Self::F]);
 }
@@ -390,6 +400,12 @@ pub(crate) mod tests {
             }
             assert_eq!(get(s.mul_pow2(s.splat(0.75), s.splat(128.0))), vec![0.75 * 2.0 * 2f32.powi(127); n]);
             assert!((s.sum(v) - src.iter().sum::<f32>()).abs() < 1e-4);
+            let w = s.mul(v, v);
+            let one = s.splat(1.0);
+            for (got, v) in s.sums([v, w, s.add(v, one), one]).into_iter().zip([v, w, s.add(v, one), one]) {
+                assert!((got - get(v).iter().sum::<f32>()).abs() < 1e-4 * get(w).iter().sum::<f32>());
+            }
+            assert_eq!(s.max_lanes([v, w]), [s.max_lane(v), s.max_lane(w)]);
             assert_eq!(s.max_lane(v), src[n - 1]);
             assert_eq!(s.max_lane(s.sub(s.splat(0.0), v)), -src[0]);
             let mut pairs = vec![bf16::ZERO; 2 * n];
