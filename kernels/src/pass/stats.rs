@@ -363,10 +363,8 @@ impl Channels<'_> {
         let ahead = AHEAD.next_multiple_of(N * c * size_of::<T>());
         for i in (0..whole).step_by(step) {
             let pixels = pixels.map(|pixel| &pixel[i..i + step]);
-            if (i * size_of::<T>()).is_multiple_of(64) {
-                for line in pixels.iter().flat_map(|pixel| pixel.chunks(64 / size_of::<T>())) {
-                    s.prefetch(line, ahead);
-                }
+            for pixel in pixels {
+                s.prefetch(pixel, ahead);
             }
             self.add_pairs(s, pixels, i);
         }

@@ -97,7 +97,6 @@ impl<'a> Function for Affine<'a> {
 pub(in crate::pass) struct Standard<'a>(pub(in crate::pass) Affine<'a>);
 
 impl<'a> Function for Standard<'a> {
-    const SLOW: bool = true;
     type Kind = Floats;
     type Columns = (&'a [f32], &'a [f32]);
 
