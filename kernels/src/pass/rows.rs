@@ -12,10 +12,11 @@ use crate::simd::{Simd, SimdOp};
 use crate::view::{Coding, ImageShape, OperandMut, Rows};
 
 use super::columns::Columns;
-use super::silu::SiluTable;
+use super::silu::{DIP, SiluTable};
 use super::sweep::{
-    Activate, Affine, AffineSilu, Codes, Elements, Floats, Function, HighCodes, Keep, KeepPairs, LowCodes,
-    Most, Row, Same, Sink, Standard, Sums, Sweep, SweepKept, SweepPairs, width,
+    Activate, Affine, AffineSilu, Ahead, Codes, Distance, Elements, Floats, Function, HighCodes, Keep,
+    KeepPairs, LowCodes, Most, Row, Same, ScaledCodes, Sink, Standard, Sums, Sweep, SweepKept, SweepPairs,
+    width,
 };
 use super::{Norm, Recipe, Source, Walk};
 
@@ -25,8 +26,8 @@ pub(super) const SCRATCH_ROWS: usize = 7;
 /// Rows that are made together, so that what waits for a whole row waits for all of them at once.
 const ROWS: usize = 16;
 
-/// Elements of the rows that are kept: half of L1.
-const KEPT: usize = 6 * 1024;
+/// Elements of the rows that are kept: a quarter of L1, which holds the source's too, those of the next rows, and parameters.
+const KEPT: usize = 3 * 1024;
 
 /// Results of SiLU in 16 bits make a row of codes where their error is less than a part of a step, the inverse of this.
 const STEPS: f32 = 6.0;
@@ -71,8 +72,9 @@ impl SimdOp for Chunk<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let Walk { source, image, recipe: Recipe { norm, activation, .. }, stride } = self.walk;
-        let together = (KEPT / width::<S>(&source).max(1)).clamp(1, ROWS);
+        let together = (KEPT / width::<S>(&source).max(1) / 2 * 2).clamp(2, ROWS);
         let rows = self.out.len() / stride.max(1);
+        let mut made = [Row::default(); ROWS];
         let mut row = 0;
         while row < rows {
             let Run { image: b, pixel, rows: n } = image.run(self.first + row, rows - row);
@@ -85,13 +87,11 @@ impl SimdOp for Chunk<'_> {
                 let (factors, silu) = (self.columns.times(), self.columns.silu(b));
                 let maker = Maker { source, norming, activation, factors, silu };
                 for first in (0..n).step_by(together) {
-                    // Each whole, and all of them, which takes as many stores.
-                    let mut made: [Row; ROWS] = std::array::from_fn(|i| Row {
-                        row: row + first + i,
-                        pixel: pixel + first + i,
-                        ..Row::default()
-                    });
                     let made = &mut made[..together.min(n - first)];
+                    for (i, made) in made.iter_mut().enumerate() {
+                        let at = first + i;
+                        *made = Row { row: row + at, pixel: pixel + at, ..Row::default() };
+                    }
                     maker.write(s, made, b, self.scratch, &mut self.out, stride);
                 }
             } else {
@@ -132,7 +132,7 @@ impl Maker<'_> {
                 let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
                 let shift = (zero - 128) as f32;
                 if let Some(silu) = self.silu {
-                    self.sweep(s, rows, silu, HighCodes { codes, stride });
+                    self.sweep(s, rows, Ahead::SOURCE, silu, HighCodes { codes, stride });
                 } else {
                     rows.iter_mut().for_each(|row| row.inverse = inverse);
                     self.make(s, rows, true, kept, Codes { codes, stride, shift });
@@ -166,18 +166,19 @@ impl Maker<'_> {
         // Where nothing is done to rows, they are read twice instead of kept.
         let bare = matches!(self.norming, Norming::Same) && self.activation == Activation::None;
         if bare {
-            self.sweep(s, rows, Same, Most(most));
+            self.sweep(s, rows, Ahead::SOURCE, Same, Most(most));
         } else {
-            self.keep(s, rows, true, Keep { kept: &mut *kept, width, most: &mut *most });
+            let claim = Some((&*codes, stride));
+            self.keep(s, rows, true, claim, Keep { kept: &mut *kept, width, most: &mut *most });
         }
         for (row, &mut most) in rows.iter_mut().zip(most) {
             (row.inverse, scale[row.row]) =
                 if most < LEAST { (0.0, 0.0) } else { (127.0 / most, most / 127.0) };
         }
-        let sink = Codes { codes, stride, shift: 0.0 };
         if bare {
-            self.sweep(s, rows, Same, sink);
+            self.sweep(s, rows, Ahead::NONE, Same, Codes { codes, stride, shift: 0.0 });
         } else {
+            let sink = ScaledCodes { codes, stride };
             s.outline(SweepKept { source: &self.source, rows, kept, width, sink });
         }
     }
@@ -200,8 +201,10 @@ impl Maker<'_> {
         let mut most = [0; ROWS];
         let most = &mut most[..rows.len()];
         let pairs: &mut [i16] = cast_slice_mut(&mut *kept);
-        self.sweep(s, rows, silu, KeepPairs { kept: pairs, width, most: &mut *most });
-        let least = 127.0 * STEPS * error;
+        let ahead = Ahead { claim: Some((&*codes, stride)), ..Ahead::SOURCE };
+        self.sweep(s, rows, ahead, silu, KeepPairs { kept: pairs, width, most: &mut *most });
+        // Where the greatest is not that of the magnitudes, it is small.
+        let least = (127.0 * STEPS * error).max(DIP / unit + error);
         let (mut weak, mut n) = ([Row::default(); ROWS], 0);
         for (row, &mut most) in rows.iter_mut().zip(most) {
             let most = f32::from(most);
@@ -230,19 +233,19 @@ impl Maker<'_> {
         sink: impl Sink<Kind = Floats>,
     ) {
         if self.activation == Activation::None {
-            return self.normalize(s, rows, sink);
+            return self.normalize(s, rows, None, sink);
         }
         let width = width::<S>(&self.source);
         let mut most = [0.0; ROWS];
-        self.keep(s, rows, coarse, Keep { kept: &mut *kept, width, most: &mut most[..rows.len()] });
+        self.keep(s, rows, coarse, None, Keep { kept: &mut *kept, width, most: &mut most[..rows.len()] });
         s.outline(SweepKept { source: &self.source, rows, kept, width, sink });
     }
 
     /// Keeps `rows` for an output that is `coarse`.
     #[inline(always)]
-    fn keep<S: Simd>(&self, s: S, rows: &[Row], coarse: bool, to: Keep<'_>) {
+    fn keep<S: Simd>(&self, s: S, rows: &[Row], coarse: bool, claim: Option<(&[u8], usize)>, to: Keep<'_>) {
         let Keep { kept, width, most } = to;
-        self.normalize(s, rows, Keep { kept: &mut *kept, width, most: &mut *most });
+        self.normalize(s, rows, claim, Keep { kept: &mut *kept, width, most: &mut *most });
         let &Maker { activation, factors, .. } = self;
         if activation != Activation::None {
             s.outline(Activate { rows: Keep { kept, width, most }, activation, coarse, factors });
@@ -251,20 +254,35 @@ impl Maker<'_> {
 
     /// Hands `rows` to `sink` as they are before the activation.
     #[inline(always)]
-    fn normalize<S: Simd>(&self, s: S, rows: &[Row], sink: impl Sink<Kind = Floats>) {
+    fn normalize<S: Simd>(
+        &self,
+        s: S,
+        rows: &[Row],
+        claim: Option<(&[u8], usize)>,
+        sink: impl Sink<Kind = Floats>,
+    ) {
+        let ahead = Ahead { claim, ..Ahead::SOURCE };
         match self.norming {
-            Norming::Same => self.sweep(s, rows, Same, sink),
-            Norming::Affine(columns) => self.sweep(s, rows, columns, sink),
+            Norming::Same => self.sweep(s, rows, ahead, Same, sink),
+            Norming::Affine(columns) => self.sweep(s, rows, ahead, columns, sink),
             Norming::Layer { columns, .. } => {
-                let function = Standard(columns);
-                s.outline(Sweep { source: &self.source, rows, next: rows.len(), function, sink });
+                // These rows have been read; the next ones are.
+                let ahead = Ahead { source: Distance::Rows(rows.len()), claim };
+                self.sweep(s, rows, ahead, Standard(columns), sink);
             }
         }
     }
 
     #[inline(always)]
-    fn sweep<S: Simd, F: Function>(&self, s: S, rows: &[Row], function: F, sink: impl Sink<Kind = F::Kind>) {
-        s.outline(Sweep { source: &self.source, rows, next: 0, function, sink });
+    fn sweep<S: Simd, F: Function>(
+        &self,
+        s: S,
+        rows: &[Row],
+        ahead: Ahead<'_>,
+        function: F,
+        sink: impl Sink<Kind = F::Kind>,
+    ) {
+        s.outline(Sweep { source: &self.source, rows, ahead, function, sink });
     }
 
     /// Means and deviations of `rows`.
@@ -273,7 +291,7 @@ impl Maker<'_> {
         /// Where the mean square is this many times the variance, it is too inexact to be made from the sums.
         const FAR: f32 = 4.0;
         let mut sums = [[0.0; 2]; ROWS];
-        self.sweep(s, rows, Same, Sums(&mut sums[..rows.len()]));
+        self.sweep(s, rows, Ahead::NONE, Same, Sums(&mut sums[..rows.len()]));
         let n = self.source.columns() as f32;
         for (row, [sum, squares]) in rows.iter_mut().zip(sums) {
             let (mean, square) = (sum / n, squares / n);

@@ -18,6 +18,9 @@ pub(super) struct SiluTable {
     coefficients: [Table; 3],
 }
 
+/// `-min x sigmoid(x)`.
+pub(super) const DIP: f32 = 0.278_465;
+
 /// Below this SiLU is nearly 0, and taken for what it is here.
 const FAR: f32 = -9.0;
 
@@ -83,27 +86,34 @@ impl SiluTable {
     pub(super) fn of<H: Shorts, const N: usize>(&self, h: H, x: [Pair<H::V>; N]) -> [Pair<H::V>; N] {
         let [a, b, c] = &self.coefficients;
         let mut y = x;
-        let (mut index, mut place) = ([[h.index(x[0][0]); 2]; N], x);
-        for i in 0..2 * N {
-            let (i, j) = (i / 2, i % 2);
-            index[i][j] = h.index(x[i][j]);
-            place[i][j] = h.place(x[i][j]);
+        let (mut index, mut place) = ([h.index(x[0]); N], x);
+        for i in 0..N {
+            index[i] = h.index(x[i]);
+            for j in 0..2 {
+                place[i][j] = h.in_turn(h.place(x[i][j]));
+            }
+        }
+        for i in 0..N {
+            let c = h.lookup(c, index[i]);
+            for j in 0..2 {
+                y[i][j] = h.in_turn(h.mul(c[j], place[i][j]));
+            }
+        }
+        for i in 0..N {
+            let b = h.lookup(b, index[i]);
+            for j in 0..2 {
+                y[i][j] = h.in_turn(h.add(b[j], y[i][j]));
+            }
         }
         for i in 0..2 * N {
             let (i, j) = (i / 2, i % 2);
-            y[i][j] = h.mul(h.lookup(c, index[i][j]), place[i][j]);
+            y[i][j] = h.in_turn(h.mul(place[i][j], y[i][j]));
         }
-        for i in 0..2 * N {
-            let (i, j) = (i / 2, i % 2);
-            y[i][j] = h.add(h.lookup(b, index[i][j]), y[i][j]);
-        }
-        for i in 0..2 * N {
-            let (i, j) = (i / 2, i % 2);
-            y[i][j] = h.mul(place[i][j], y[i][j]);
-        }
-        for i in 0..2 * N {
-            let (i, j) = (i / 2, i % 2);
-            y[i][j] = h.add_saturating(h.lookup(a, index[i][j]), y[i][j]);
+        for i in 0..N {
+            let a = h.lookup(a, index[i]);
+            for j in 0..2 {
+                y[i][j] = h.add_saturating(a[j], y[i][j]);
+            }
         }
         y
     }

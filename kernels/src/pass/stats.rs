@@ -9,6 +9,7 @@ use crate::par::{Shared, Workers};
 use crate::simd::{Element, MAX_BLOCK, Simd, SimdOp, dispatch};
 use crate::view::{Coding, ImageShape, Rows};
 
+use super::silu::DIP;
 use super::sweep::{AHEAD, arrange, filled, restore, width};
 use super::{Norm, Recipe, Source};
 use crate::gemm::Activation;
@@ -202,8 +203,6 @@ pub fn range_codings(stats: &[f32], channels: usize, factors: Option<&[f32]>, im
 
 /// The end farther from 0 of what `activation` makes of all t from 0 to `y`.
 fn bound(activation: Activation, y: f32) -> f32 {
-    /// `-min x sigmoid(x)`.
-    const DIP: f32 = 0.278_465;
     match activation {
         Activation::Relu => y.max(0.0),
         Activation::Silu if y < 0.0 => y.max(-DIP),
@@ -291,13 +290,18 @@ impl SimdOp for Moments<'_> {
             let moments = self.moments.as_chunks_mut::<2>().0;
             let count = (n * size) as f64;
             restore(s, &self.source, sum, ordered);
-            for_groups(ordered, size, |g, sum| {
-                let k = f64::from(natural[g * size]);
-                moments[g][0] += count * k + sum;
-                moments[g][1] += (count * k + 2.0 * sum) * k;
-            });
+            let group_sums = &mut sum[..moments.len()];
+            sum_groups(s, ordered, size, group_sums);
+            for (g, (&mut sum, moments)) in group_sums.iter_mut().zip(&mut *moments).enumerate() {
+                let (k, sum) = (f64::from(natural[g * size]), f64::from(sum));
+                moments[0] += count * k + sum;
+                moments[1] += (count * k + 2.0 * sum) * k;
+            }
             restore(s, &self.source, squares, ordered);
-            for_groups(ordered, size, |g, squares| moments[g][1] += squares);
+            sum_groups(s, ordered, size, group_sums);
+            for (&mut squares, moments) in group_sums.iter_mut().zip(moments) {
+                moments[1] += f64::from(squares);
+            }
         }
         restore(s, &self.source, least, sum);
         restore(s, &self.source, most, squares);
@@ -307,20 +311,19 @@ impl SimdOp for Moments<'_> {
     }
 }
 
-/// Calls `f` with every group of `size` channels and its sum. Several sums are made at a time, which don't wait for each other.
+/// Sums of groups of `size` channels.
 #[inline(always)]
-fn for_groups(channels: &[f32], size: usize, mut f: impl FnMut(usize, f64)) {
-    const TOGETHER: usize = 8;
-    for (first, groups) in channels.chunks(TOGETHER * size).enumerate() {
-        let mut sums = [0f32; TOGETHER];
-        for i in 0..size {
-            for (sum, group) in sums.iter_mut().zip(groups.chunks_exact(size)) {
-                *sum += group[i];
+fn sum_groups<S: Simd>(s: S, channels: &[f32], size: usize, sums: &mut [f32]) {
+    for (sums, groups) in sums.chunks_mut(4).zip(channels.chunks(4 * size)) {
+        let mut lanes = [s.splat(0.0); 4];
+        for (lanes, group) in lanes.iter_mut().zip(groups.chunks_exact(size)) {
+            let mut whole = group.chunks_exact(S::LANES);
+            for channels in &mut whole {
+                *lanes = s.add(s.load(channels), *lanes);
             }
+            *lanes = s.add(s.load_partial(whole.remainder()), *lanes);
         }
-        for (i, &sum) in sums[..groups.len() / size].iter().enumerate() {
-            f(TOGETHER * first + i, f64::from(sum));
-        }
+        sums.copy_from_slice(&s.sums(lanes)[..sums.len()]);
     }
 }
 
@@ -356,10 +359,12 @@ impl Channels<'_> {
         let pixels: [&[T]; N] = std::array::from_fn(|p| &pixels[p * c..(p + 1) * c]);
         let step = 2 * S::LANES;
         let whole = c - c % step;
+        // Whole pixels, and as many as go together: each asks for what its successor needs.
+        let ahead = AHEAD.next_multiple_of(N * c * size_of::<T>());
         for i in (0..whole).step_by(step) {
             let pixels = pixels.map(|pixel| &pixel[i..i + step]);
             for pixel in pixels {
-                s.prefetch(pixel, AHEAD);
+                s.prefetch(pixel, ahead);
             }
             self.add_pairs(s, pixels, i);
         }
@@ -381,14 +386,28 @@ impl Channels<'_> {
         let k = f32::load_pair(s, &self.shift[range]);
         let (mut a, mut b) = (f32::load_pair(s, sum), f32::load_pair(s, squares));
         let (mut low, mut high) = (f32::load_pair(s, least), f32::load_pair(s, most));
-        for pixel in pixels {
-            let x = T::load_pair(s, pixel);
-            for i in 0..2 {
-                (low[i], high[i]) = (s.min(x[i], low[i]), s.max(x[i], high[i]));
-                let d = s.sub(x[i], k[i]);
-                a[i] = s.add(a[i], d);
-                b[i] = s.fma(d, d, b[i]);
+        let mut x = [k; N];
+        for (x, pixel) in x.iter_mut().zip(pixels) {
+            *x = T::load_pair(s, pixel);
+        }
+        for i in 0..2 {
+            let (mut least, mut most, mut d) = ([x[0][i]; N], [x[0][i]; N], [x[0][i]; N]);
+            for (p, x) in x.into_iter().enumerate() {
+                (least[p], most[p], d[p]) = (x[i], x[i], s.sub(x[i], k[i]));
+                b[i] = s.fma(d[p], d[p], b[i]);
             }
+            // In pairs, so that little waits for what came before.
+            let mut n = N;
+            while n > 1 {
+                n /= 2;
+                for p in 0..n {
+                    least[p] = s.min(least[p], least[p + n]);
+                    most[p] = s.max(most[p], most[p + n]);
+                    d[p] = s.add(d[p], d[p + n]);
+                }
+            }
+            (low[i], high[i]) = (s.min(least[0], low[i]), s.max(most[0], high[i]));
+            a[i] = s.add(d[0], a[i]);
         }
         for (to, v) in [(sum, a), (squares, b), (least, low), (most, high)] {
             s.store(v[0], to);

@@ -1,25 +1,52 @@
 //! Walks over some rows, block by block: what a block is put through, and where it goes.
 #![forbid(unsafe_code)]
 
+mod function;
 mod order;
 mod sink;
 
 use std::ops::Range;
 
-use crate::gemm::Activation;
-use crate::math;
+use crate::arch::claim;
 use crate::simd::shorts::{Pair, Shorts};
 use crate::simd::{BLOCK_VECTORS, Block, Element, MAX_BLOCK, Simd, SimdOp};
 use crate::view::Rows;
 
 use super::Source;
-use super::silu::SiluTable;
+pub(super) use function::{Activate, Affine, AffineSilu, Function, Same, Standard};
 pub(super) use order::{arrange, filled, restore, width};
 use sink::Part;
-pub(super) use sink::{Codes, Elements, HighCodes, Keep, KeepPairs, LowCodes, Most, Sink, Sums};
+pub(super) use sink::{Codes, Elements, HighCodes, Keep, KeepPairs, LowCodes, Most, ScaledCodes, Sink, Sums};
 
 /// How many bytes ahead of a sweep memory is asked for, at least: about two pages, which hardware does not look beyond.
 pub(super) const AHEAD: usize = 4096;
+
+/// What a sweep asks of memory beforehand.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ahead<'a> {
+    /// Of the source.
+    pub(super) source: Distance,
+    /// Rows of as many codes as the number says, of which those of the sweep's rows are to be written soon.
+    pub(super) claim: Option<(&'a [u8], usize)>,
+}
+
+/// How far before a row of the source is needed it is asked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Distance {
+    /// It is there.
+    None,
+    /// By [`AHEAD`] bytes.
+    Bytes,
+    /// By as many rows.
+    Rows(usize),
+}
+
+impl Ahead<'_> {
+    /// Nothing.
+    pub(super) const NONE: Self = Ahead { source: Distance::None, claim: None };
+    /// For rows that have not been read.
+    pub(super) const SOURCE: Self = Ahead { source: Distance::Bytes, claim: None };
+}
 
 /// A row of the output.
 #[derive(Clone, Copy, Debug, Default)]
@@ -80,155 +107,11 @@ fn shorts<S: Simd>(s: S) -> S::Shorts {
     s.shorts().expect("rows of 16-bit numbers are made by tiers that have them")
 }
 
-/// What blocks are put through.
-pub(super) trait Function: Copy {
-    /// Of the blocks that come out.
-    type Kind: Kind;
-    /// Parameters of a block's columns.
-    type Columns: Copy;
-    /// Those of each whole block of a row, from place `at` on.
-    fn columns<S: Simd>(&self, at: usize) -> impl Iterator<Item = Self::Columns>;
-    /// What becomes of blocks of the same columns of `rows`, in split order if `split`.
-    fn apply<S: Simd, const N: usize>(
-        &self,
-        s: S,
-        x: [Block<S::F>; N],
-        rows: [&Row; N],
-        columns: Self::Columns,
-        split: bool,
-    ) -> [<Self::Kind as Kind>::Block<S>; N];
-}
-
-/// `x`.
-#[derive(Clone, Copy)]
-pub(super) struct Same;
-
-impl Function for Same {
-    type Kind = Floats;
-    type Columns = ();
-
-    #[inline(always)]
-    fn columns<S: Simd>(&self, _: usize) -> impl Iterator<Item = ()> {
-        std::iter::repeat(())
-    }
-
-    #[inline(always)]
-    fn apply<S: Simd, const N: usize>(
-        &self,
-        _: S,
-        x: [Block<S::F>; N],
-        _: [&Row; N],
-        (): (),
-        _: bool,
-    ) -> [Block<S::F>; N] {
-        x
-    }
-}
-
-/// `x * factor[c] + offset[c]`.
-#[derive(Clone, Copy)]
-pub(super) struct Affine<'a> {
-    pub(super) factor: &'a [f32],
-    pub(super) offset: &'a [f32],
-}
-
-impl<'a> Function for Affine<'a> {
-    type Kind = Floats;
-    type Columns = (&'a [f32], &'a [f32]);
-
-    #[inline(always)]
-    fn columns<S: Simd>(&self, at: usize) -> impl Iterator<Item = Self::Columns> {
-        self.factor[at..].chunks_exact(S::BLOCK).zip(self.offset[at..].chunks_exact(S::BLOCK))
-    }
-
-    #[inline(always)]
-    fn apply<S: Simd, const N: usize>(
-        &self,
-        s: S,
-        mut x: [Block<S::F>; N],
-        _: [&Row; N],
-        (factor, offset): Self::Columns,
-        _: bool,
-    ) -> [Block<S::F>; N] {
-        let (factor, offset) = (f32::load_block(s, factor), f32::load_block(s, offset));
-        for i in 0..BLOCK_VECTORS {
-            for x in &mut x {
-                x[i] = s.fma(x[i], factor[i], offset[i]);
-            }
-        }
-        x
-    }
-}
-
-/// `(x - mean) * rstd * factor[c] + offset[c]`.
-#[derive(Clone, Copy)]
-pub(super) struct Standard<'a>(pub(super) Affine<'a>);
-
-impl<'a> Function for Standard<'a> {
-    type Kind = Floats;
-    type Columns = (&'a [f32], &'a [f32]);
-
-    #[inline(always)]
-    fn columns<S: Simd>(&self, at: usize) -> impl Iterator<Item = Self::Columns> {
-        self.0.columns::<S>(at)
-    }
-
-    #[inline(always)]
-    fn apply<S: Simd, const N: usize>(
-        &self,
-        s: S,
-        mut x: [Block<S::F>; N],
-        rows: [&Row; N],
-        columns: Self::Columns,
-        split: bool,
-    ) -> [Block<S::F>; N] {
-        for (x, row) in x.iter_mut().zip(rows) {
-            let [rstd, shift] = row.standard;
-            for x in x {
-                *x = s.fma(*x, s.splat(rstd), s.splat(shift));
-            }
-        }
-        self.0.apply(s, x, rows, columns, split)
-    }
-}
-
-/// SiLU by a table, of `x * factor[c] + offset[c]` in the table's units.
-#[derive(Clone, Copy)]
-pub(super) struct AffineSilu<'a>(pub(super) Affine<'a>, pub(super) &'a SiluTable);
-
-impl<'a> Function for AffineSilu<'a> {
-    type Kind = Pairs;
-    type Columns = (&'a [f32], &'a [f32]);
-
-    #[inline(always)]
-    fn columns<S: Simd>(&self, at: usize) -> impl Iterator<Item = Self::Columns> {
-        self.0.columns::<S>(at)
-    }
-
-    #[inline(always)]
-    fn apply<S: Simd, const N: usize>(
-        &self,
-        s: S,
-        x: [Block<S::F>; N],
-        rows: [&Row; N],
-        columns: Self::Columns,
-        split: bool,
-    ) -> [<Pairs as Kind>::Block<S>; N] {
-        let x = self.0.apply(s, x, rows, columns, split);
-        let mut pairs = [[shorts(s).splat(0); 2]; N];
-        for (pair, x) in pairs.iter_mut().zip(x) {
-            *pair = shorts(s).round_block(x, split);
-        }
-        self.1.of(shorts(s), pairs)
-    }
-}
-
 /// Makes `rows` of `source` and hands them to `sink`.
 pub(super) struct Sweep<'a, F, K> {
     pub(super) source: &'a Source<'a>,
     pub(super) rows: &'a [Row],
-    /// How many rows ahead of it memory is asked for, where the rows themselves have been read before; 0 where they haven't.
-    pub(super) next: usize,
+    pub(super) ahead: Ahead<'a>,
     pub(super) function: F,
     pub(super) sink: K,
 }
@@ -252,7 +135,7 @@ impl<F: Function, K: Sink<Kind = F::Kind>> Sweep<'_, F, K> {
     fn part<S: Simd, T: Element>(&mut self, s: S, data: &[T], part: Part) {
         let data = |_, row: &Row| &data[row.pixel * part.columns..(row.pixel + 1) * part.columns];
         let split = S::SPLITS && T::SPLIT;
-        sweep(s, self.rows, data, part, split, self.next, self.function, &mut self.sink);
+        sweep(s, self.rows, data, part, split, self.ahead, self.function, &mut self.sink);
     }
 }
 
@@ -273,9 +156,9 @@ impl<K: Sink<Kind = Floats>> SimdOp for SweepKept<'_, K> {
         for (rows, part) in parts::<S>(self.source) {
             let data = |i, _: &Row| &self.kept[part.of_kept(i, self.width)];
             if order::split::<S>(&rows) {
-                sweep(s, self.rows, data, part, true, 0, Same, &mut self.sink);
+                sweep(s, self.rows, data, part, true, Ahead::NONE, Same, &mut self.sink);
             } else {
-                sweep(s, self.rows, data, part, false, 0, Same, &mut self.sink);
+                sweep(s, self.rows, data, part, false, Ahead::NONE, Same, &mut self.sink);
             }
         }
     }
@@ -320,7 +203,7 @@ impl<K: Sink<Kind = Pairs>> SweepPairs<'_, K> {
             if !rest.is_empty() {
                 K::put(s, &mut state, load_pair(s, last), split, rest);
             }
-            self.sink.end(s, state, i);
+            self.sink.end(s, [state], [i]);
         }
     }
 }
@@ -353,16 +236,16 @@ fn sweep<'a, S: Simd, T: Element, F: Function, K: Sink<Kind = F::Kind>>(
     data: impl Fn(usize, &Row) -> &'a [T],
     part: Part,
     split: bool,
-    next: usize,
+    ahead: Ahead<'_>,
     function: F,
     sink: &mut K,
 ) {
-    let together = if S::REGISTERS >= 32 { rows.len() / 2 } else { 0 };
+    let together = if S::REGISTERS >= 32 || F::SLOW { rows.len() / 2 } else { 0 };
     for i in (0..2 * together).step_by(2) {
-        sweep_rows(s, [(i, &rows[i]), (i + 1, &rows[i + 1])], &data, part, split, next, function, sink);
+        sweep_rows(s, [(i, &rows[i]), (i + 1, &rows[i + 1])], &data, part, split, ahead, function, sink);
     }
     for (i, row) in rows.iter().enumerate().skip(2 * together) {
-        sweep_rows(s, [(i, row)], &data, part, split, next, function, sink);
+        sweep_rows(s, [(i, row)], &data, part, split, ahead, function, sink);
     }
 }
 
@@ -374,7 +257,7 @@ fn sweep_rows<'a, S: Simd, T: Element, F: Function, K: Sink<Kind = F::Kind>, con
     data: impl Fn(usize, &Row) -> &'a [T],
     part: Part,
     split: bool,
-    next: usize,
+    ahead: Ahead<'_>,
     function: F,
     sink: &mut K,
 ) {
@@ -390,17 +273,29 @@ fn sweep_rows<'a, S: Simd, T: Element, F: Function, K: Sink<Kind = F::Kind>, con
     let mut slots = sink.slots(rows, part);
     // Whole rows, and as many as go together: each of these asks for what its successor needs.
     let bytes = part.columns.max(1) * size_of::<T>();
-    let ahead = if next == 0 { AHEAD.next_multiple_of(N * bytes) } else { next * bytes };
+    let distance = match ahead.source {
+        Distance::None => None,
+        Distance::Bytes => Some(AHEAD.next_multiple_of(N * bytes)),
+        Distance::Rows(n) => Some(n * bytes),
+    };
+    let claims = ahead.claim.map(|(codes, stride)| places.map(|row| &codes[row.columns(stride, part)]));
     let mut blocks = src.map(|src| src[..whole].chunks_exact(S::BLOCK));
     let mut outs = slots.each_mut().map(|slot| slot[..whole].chunks_exact_mut(S::BLOCK));
-    for columns in function.columns::<S>(part.at).take(whole / S::BLOCK) {
+    for (i, columns) in function.columns::<S>(part.at).take(whole / S::BLOCK).enumerate() {
         let mut x = zeros;
         for (x, blocks) in x.iter_mut().zip(&mut blocks) {
             let block = blocks.next().expect("as many blocks in each row");
-            for line in block.chunks_exact(64 / size_of::<T>()) {
-                s.prefetch(line, ahead);
+            if let Some(distance) = distance {
+                for line in block.chunks_exact(64 / size_of::<T>()) {
+                    s.prefetch(line, distance);
+                }
             }
             *x = T::load_block(s, block);
+        }
+        if let Some(claims) = claims {
+            for codes in claims {
+                claim(codes.as_ptr().wrapping_add(i * S::BLOCK));
+            }
         }
         let y = function.apply(s, x, places, columns, split);
         for ((y, state), out) in y.into_iter().zip(&mut states).zip(&mut outs) {
@@ -421,40 +316,5 @@ fn sweep_rows<'a, S: Simd, T: Element, F: Function, K: Sink<Kind = F::Kind>, con
             K::put(s, state, y, split, &mut slot[whole..]);
         }
     }
-    for ((i, _), state) in rows.into_iter().zip(states) {
-        sink.end(s, state, i);
-    }
-}
-
-/// Puts rows that were kept through an activation, as exact as the output, and multiplies them by the columns' factors.
-pub(super) struct Activate<'a> {
-    pub(super) rows: Keep<'a>,
-    pub(super) activation: Activation,
-    /// Whether the output has 16 bits or fewer.
-    pub(super) coarse: bool,
-    pub(super) factors: Option<&'a [f32]>,
-}
-
-impl SimdOp for Activate<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Keep { kept, width, most } = self.rows;
-        let silu = self.coarse && self.activation == Activation::Silu;
-        for (row, most) in kept.chunks_exact_mut(width.max(1)).zip(most) {
-            let mut lanes = s.splat(0.0);
-            for (i, x) in row.chunks_exact_mut(S::LANES).enumerate() {
-                let v = s.load(x);
-                let y = if silu { math::silu_coarse(s, v) } else { self.activation.apply(s, v) };
-                let y = match self.factors {
-                    Some(factors) => s.mul(y, s.load(&factors[i * S::LANES..])),
-                    None => y,
-                };
-                s.store(y, x);
-                lanes = s.max_abs(y, lanes);
-            }
-            *most = s.max_lane(lanes);
-        }
-    }
+    sink.end(s, states, rows.map(|(i, _)| i));
 }

@@ -24,6 +24,10 @@ pub const BLOCK_VECTORS: usize = 4;
 /// Elements of the longest block.
 pub const MAX_BLOCK: usize = BLOCK_VECTORS * MAX_LANES;
 
+/// `1.5 * 2^23 + 128`: what is added to it is rounded to an integer, and the low byte is the code of that.
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "other tiers convert"))]
+const CODE_ZERO: f32 = 12_583_040.0;
+
 /// [`BLOCK_VECTORS`] vectors.
 pub type Block<F> = [F; BLOCK_VECTORS];
 
@@ -123,6 +127,15 @@ pub trait Simd: Copy + Send + Sync + 'static {
             self.store_codes(v, dst);
         }
     }
+    /// Stores a block of codes `round(v * factor) + 128`, which is in split order if `split`; for products of magnitudes up to
+    /// 127, not rounded first where the tier fuses. NaN becomes any code.
+    #[inline(always)]
+    fn store_scaled_codes(self, mut block: Block<Self::F>, factor: Self::F, split: bool, dst: &mut [u8]) {
+        for v in &mut block {
+            *v = self.mul(*v, factor);
+        }
+        self.store_codes_block(block, split, dst);
+    }
 
     /// `a + b`
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
@@ -163,6 +176,16 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn sum(self, a: Self::F) -> f32;
     /// The greatest lane.
     fn max_lane(self, a: Self::F) -> f32;
+    /// The sums of all lanes of each, in an order of their own.
+    #[inline(always)]
+    fn sums(self, [a, b, c, d]: [Self::F; 4]) -> [f32; 4] {
+        [self.sum(a), self.sum(b), self.sum(c), self.sum(d)]
+    }
+    /// The greatest lane of each.
+    #[inline(always)]
+    fn max_lanes(self, [a, b]: [Self::F; 2]) -> [f32; 2] {
+        [self.max_lane(a), self.max_lane(b)]
+    }
     /// Transposes `LANES` vectors: `rows[i][j]` becomes `rows[j][i]`.
     fn transpose(self, rows: &mut [Self::F]);
 }
@@ -377,6 +400,12 @@ pub(crate) mod tests {
             }
             assert_eq!(get(s.mul_pow2(s.splat(0.75), s.splat(128.0))), vec![0.75 * 2.0 * 2f32.powi(127); n]);
             assert!((s.sum(v) - src.iter().sum::<f32>()).abs() < 1e-4);
+            let w = s.mul(v, v);
+            let one = s.splat(1.0);
+            for (got, v) in s.sums([v, w, s.add(v, one), one]).into_iter().zip([v, w, s.add(v, one), one]) {
+                assert!((got - get(v).iter().sum::<f32>()).abs() < 1e-4 * get(w).iter().sum::<f32>());
+            }
+            assert_eq!(s.max_lanes([v, w]), [s.max_lane(v), s.max_lane(w)]);
             assert_eq!(s.max_lane(v), src[n - 1]);
             assert_eq!(s.max_lane(s.sub(s.splat(0.0), v)), -src[0]);
             let mut pairs = vec![bf16::ZERO; 2 * n];
@@ -421,6 +450,12 @@ pub(crate) mod tests {
         let (mut codes, mut half_codes) = (vec![0u8; S::BLOCK], vec![0u8; S::BLOCK]);
         s.store_codes_block(a, f32::SPLIT, &mut codes);
         s.store_codes_block(b, bf16::SPLIT, &mut half_codes);
+        assert_eq!(codes, wide.iter().map(|&x| code(x)).collect::<Vec<_>>());
+        assert_eq!(half_codes, joined.iter().map(|&x| code(x)).collect::<Vec<_>>());
+        let factor = s.splat(0.1234);
+        let code = |x: f32| code(x * 0.1234);
+        s.store_scaled_codes(a, factor, f32::SPLIT, &mut codes);
+        s.store_scaled_codes(b, factor, bf16::SPLIT, &mut half_codes);
         assert_eq!(codes, wide.iter().map(|&x| code(x)).collect::<Vec<_>>());
         assert_eq!(half_codes, joined.iter().map(|&x| code(x)).collect::<Vec<_>>());
     }

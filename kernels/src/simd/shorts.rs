@@ -44,9 +44,11 @@ pub trait Shorts: Copy + Send + Sync + 'static {
     type F: Copy;
     /// The vector.
     type V: Copy;
-    /// Pieces of numbers.
+    /// Pieces of the numbers of a pair.
     type Index: Copy;
 
+    /// `v`; what later calls give waits for it, so that a compiler keeps the order in which operations are written.
+    fn in_turn(self, v: Self::V) -> Self::V;
     /// A block of magnitudes below 2^31, rounded to nearest even and saturated; in split order if `split`.
     fn round_block(self, block: Block<Self::F>, split: bool) -> Pair<Self::V>;
     /// All lanes `x`.
@@ -56,20 +58,20 @@ pub trait Shorts: Copy + Send + Sync + 'static {
     /// Stores a vector.
     fn store(self, v: Self::V, dst: &mut [i16]);
     /// The pieces that numbers lie in.
-    fn index(self, v: Self::V) -> Self::Index;
+    fn index(self, pair: Pair<Self::V>) -> Self::Index;
     /// Where in their pieces numbers lie: `-2^15` at the lower end, 0 in the middle.
     fn place(self, v: Self::V) -> Self::V;
     /// The numbers of pieces.
-    fn lookup(self, table: &Table, index: Self::Index) -> Self::V;
+    fn lookup(self, table: &Table, index: Self::Index) -> Pair<Self::V>;
     /// `a * b / 2^15`, rounded to nearest; not for -2^15 twice.
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a + b` modulo 2^16.
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a + b`, saturated.
     fn add_saturating(self, a: Self::V, b: Self::V) -> Self::V;
-    /// The magnitude of `a` or, where it is greater, `most`; without signs.
-    fn max_abs(self, a: Self::V, most: Self::V) -> Self::V;
-    /// The greatest lane of numbers without signs.
+    /// The greater.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The greatest lane of numbers that are not negative.
     fn max_lane(self, v: Self::V) -> u16;
     /// Stores a block of the codes `floor(v / 256) + 128`, at least 1.
     fn store_codes_high(self, pair: Pair<Self::V>, split: bool, dst: &mut [u8]);
@@ -95,6 +97,9 @@ impl<S: Simd> Shorts for Never<S> {
     type V = ();
     type Index = ();
 
+    fn in_turn(self, (): ()) {
+        match self.0 {}
+    }
     fn round_block(self, _: Block<S::F>, _: bool) -> Pair<()> {
         match self.0 {}
     }
@@ -107,13 +112,13 @@ impl<S: Simd> Shorts for Never<S> {
     fn store(self, (): (), _: &mut [i16]) {
         match self.0 {}
     }
-    fn index(self, (): ()) {
+    fn index(self, _: Pair<()>) {
         match self.0 {}
     }
     fn place(self, (): ()) {
         match self.0 {}
     }
-    fn lookup(self, _: &Table, (): ()) {
+    fn lookup(self, _: &Table, (): ()) -> Pair<()> {
         match self.0 {}
     }
     fn mul(self, (): (), (): ()) {
@@ -125,7 +130,7 @@ impl<S: Simd> Shorts for Never<S> {
     fn add_saturating(self, (): (), (): ()) {
         match self.0 {}
     }
-    fn max_abs(self, (): (), (): ()) {
+    fn max(self, (): (), (): ()) {
         match self.0 {}
     }
     fn max_lane(self, (): ()) -> u16 {
@@ -160,15 +165,17 @@ pub(super) mod tests {
         };
         let pieces = S::Shorts::PIECES as i32;
         let table: [i16; MAX_PIECES] = std::array::from_fn(|i| 1009 * i as i16 - 17_000);
-        each(h.lookup(&Table::new(table), h.index(v)), &|x| {
-            i32::from(table[(((x * pieces + (1 << 15)) >> 16) & (pieces - 1)) as usize])
-        });
+        let piece = |x: i32| i32::from(table[(((x * pieces + (1 << 15)) >> 16) & (pieces - 1)) as usize]);
+        let back = h.add(v, h.splat(16_000));
+        let [first, second] = h.lookup(&Table::new(table), h.index([v, back]));
+        each(first, &piece);
+        each(second, &|x| piece(i32::from((x + 16_000) as i16)));
         each(h.place(v), &|x| x * pieces);
         each(h.mul(v, h.splat(-777)), &|x| (x * -777 + (1 << 14)) >> 15);
         each(h.add(v, h.splat(777)), &|x| x + 777);
         each(h.add_saturating(v, h.splat(777)), &|x| (x + 777).min(32_767));
-        each(h.max_abs(v, h.splat(777)), &|x| x.abs().max(777));
-        assert_eq!(h.max_lane(h.max_abs(v, h.splat(0))), 32_768);
+        each(h.max(v, h.splat(777)), &|x| x.max(777));
+        assert_eq!(h.max_lane(h.max(v, h.splat(0))), 32_767);
         assert_eq!(h.max_lane(h.splat(5)), 5);
         let wide: Vec<f32> = (0..S::BLOCK).map(|i| (i as f32 - 15.0) * 2300.0).collect();
         let half: Vec<bf16> = wide.iter().map(|&x| bf16::from_f32(x)).collect();

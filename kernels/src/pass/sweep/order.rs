@@ -45,15 +45,27 @@ pub(in crate::pass) fn arrange<S: Simd>(source: &Source<'_>, from: &[f32], to: &
             to[from.len()..].fill(0.0);
             continue;
         }
-        for (i, to) in to.chunks_exact_mut(2 * S::LANES).enumerate() {
-            let mut pairs = [0.0; MAX_BLOCK / 2];
-            let from = &from[from.len().min(2 * i * S::LANES)..from.len().min(2 * (i + 1) * S::LANES)];
-            pairs[..from.len()].copy_from_slice(from);
-            let (even, odd) = to.split_at_mut(S::LANES);
-            for ((even, odd), pair) in even.iter_mut().zip(odd).zip(pairs.as_chunks::<2>().0) {
-                [*even, *odd] = *pair;
-            }
+        let mut pairs = from.chunks_exact(2 * S::LANES);
+        let mut places = to.chunks_exact_mut(2 * S::LANES);
+        for (from, to) in (&mut pairs).zip(&mut places) {
+            deal::<S>(from, to);
         }
+        let mut last = [0.0; MAX_BLOCK / 2];
+        last[..pairs.remainder().len()].copy_from_slice(pairs.remainder());
+        for to in places {
+            deal::<S>(&last, to);
+            last.fill(0.0);
+        }
+    }
+}
+
+/// Half a block in split order: the even ones of `from`, then the odd ones.
+#[inline(always)]
+fn deal<S: Simd>(from: &[f32], to: &mut [f32]) {
+    let from = &from[..2 * S::LANES];
+    let (even, odd) = to[..2 * S::LANES].split_at_mut(S::LANES);
+    for i in 0..S::LANES {
+        (even[i], odd[i]) = (from[2 * i], from[2 * i + 1]);
     }
 }
 

@@ -3,10 +3,11 @@
 
 use std::ops::Range;
 
+use crate::arch::claim;
 use crate::simd::shorts::{Pair, Shorts};
 use crate::simd::{BLOCK_VECTORS, Block, Element, MAX_BLOCK, Simd};
 
-use super::{Floats, Kind, Pairs, Row, shorts};
+use super::{AHEAD, Floats, Kind, Pairs, Row, shorts};
 
 /// What takes the blocks of some rows.
 pub(in crate::pass) trait Sink {
@@ -28,8 +29,8 @@ pub(in crate::pass) trait Sink {
         split: bool,
         slot: &mut [Self::Item],
     );
-    /// After the last block of a part of row `i` of the sweep.
-    fn end<S: Simd>(&mut self, s: S, state: Self::State<S>, i: usize);
+    /// After the last block of a part of some rows, each with its number in the sweep: one row or two.
+    fn end<S: Simd, const N: usize>(&mut self, s: S, states: [Self::State<S>; N], rows: [usize; N]);
 }
 
 /// Some columns.
@@ -94,7 +95,44 @@ impl Sink for Codes<'_> {
     }
 
     #[inline(always)]
-    fn end<S: Simd>(&mut self, _: S, _: Self::State<S>, _: usize) {}
+    fn end<S: Simd, const N: usize>(&mut self, _: S, _: [Self::State<S>; N], _: [usize; N]) {}
+}
+
+/// `round(y * inverse) + 128` in rows of `stride`, of magnitudes up to `127 / inverse`. The product is not rounded first where the
+/// tier fuses.
+pub(in crate::pass) struct ScaledCodes<'a> {
+    pub(in crate::pass) codes: &'a mut [u8],
+    pub(in crate::pass) stride: usize,
+}
+
+impl Sink for ScaledCodes<'_> {
+    type Kind = Floats;
+    type State<S: Simd> = S::F;
+    type Item = u8;
+
+    #[inline(always)]
+    fn begin<S: Simd>(&self, s: S, row: &Row) -> S::F {
+        s.splat(row.inverse)
+    }
+
+    #[inline(always)]
+    fn slots<const N: usize>(&mut self, rows: [(usize, &Row); N], part: Part) -> [&mut [u8]; N] {
+        disjoint(self.codes, rows.map(|(_, row)| row.columns(self.stride, part)))
+    }
+
+    #[inline(always)]
+    fn put<S: Simd>(s: S, inverse: &mut S::F, y: Block<S::F>, split: bool, slot: &mut [u8]) {
+        if slot.len() == S::BLOCK {
+            s.store_scaled_codes(y, *inverse, split, slot);
+        } else {
+            let mut all = [0; MAX_BLOCK];
+            s.store_scaled_codes(y, *inverse, split, &mut all);
+            slot.copy_from_slice(&all[..slot.len()]);
+        }
+    }
+
+    #[inline(always)]
+    fn end<S: Simd, const N: usize>(&mut self, _: S, _: [S::F; N], _: [usize; N]) {}
 }
 
 /// `y` as elements of a tensor in rows of `stride`.
@@ -133,7 +171,7 @@ impl<T: Element> Sink for Elements<'_, T> {
     }
 
     #[inline(always)]
-    fn end<S: Simd>(&mut self, _: S, (): (), _: usize) {}
+    fn end<S: Simd, const N: usize>(&mut self, _: S, _: [(); N], _: [usize; N]) {}
 }
 
 /// Keeps the rows, `width` each, in the order of blocks, and their greatest magnitudes.
@@ -167,14 +205,21 @@ impl Sink for Keep<'_> {
     }
 
     #[inline(always)]
-    fn end<S: Simd>(&mut self, s: S, most: Block<S::F>, i: usize) {
-        self.most[i] = greatest(s, most).max(self.most[i]);
+    fn end<S: Simd, const N: usize>(&mut self, s: S, most: [Block<S::F>; N], rows: [usize; N]) {
+        note_greatest(s, most, rows, self.most);
     }
 }
 
+/// Raises what `all` says of one or two rows to the greatest lanes of their blocks.
 #[inline(always)]
-fn greatest<S: Simd>(s: S, [a, b, c, d]: Block<S::F>) -> f32 {
-    s.max_lane(s.max(s.max(a, b), s.max(c, d)))
+fn note_greatest<S: Simd, const N: usize>(s: S, most: [Block<S::F>; N], rows: [usize; N], all: &mut [f32]) {
+    let mut lanes = [s.splat(0.0); 2];
+    for (lanes, [a, b, c, d]) in lanes.iter_mut().zip(most) {
+        *lanes = s.max(s.max(a, b), s.max(c, d));
+    }
+    for (most, row) in s.max_lanes(lanes).into_iter().zip(rows) {
+        all[row] = most.max(all[row]);
+    }
 }
 
 /// Slots of what is not written, which take no memory.
@@ -208,8 +253,8 @@ impl Sink for Most<'_> {
     }
 
     #[inline(always)]
-    fn end<S: Simd>(&mut self, s: S, most: Block<S::F>, i: usize) {
-        self.0[i] = greatest(s, most).max(self.0[i]);
+    fn end<S: Simd, const N: usize>(&mut self, s: S, most: [Block<S::F>; N], rows: [usize; N]) {
+        note_greatest(s, most, rows, self.0);
     }
 }
 
@@ -240,9 +285,17 @@ impl Sink for Sums<'_> {
     }
 
     #[inline(always)]
-    fn end<S: Simd>(&mut self, s: S, sums: Self::State<S>, i: usize) {
-        for (to, [a, b, c, d]) in self.0[i].iter_mut().zip(sums) {
-            *to += s.sum(s.add(s.add(a, b), s.add(c, d)));
+    fn end<S: Simd, const N: usize>(&mut self, s: S, states: [Self::State<S>; N], rows: [usize; N]) {
+        let mut lanes = [s.splat(0.0); 4];
+        for (lanes, state) in lanes.as_chunks_mut::<2>().0.iter_mut().zip(states) {
+            for (lanes, [a, b, c, d]) in lanes.iter_mut().zip(state) {
+                *lanes = s.add(s.add(a, b), s.add(c, d));
+            }
+        }
+        for (&[sum, squares], row) in s.sums(lanes).as_chunks().0.iter().zip(rows) {
+            let [to_sum, to_squares] = &mut self.0[row];
+            *to_sum += sum;
+            *to_squares += squares;
         }
     }
 }
@@ -269,6 +322,7 @@ impl Sink for HighCodes<'_> {
     #[inline(always)]
     fn put<S: Simd>(s: S, (): &mut (), y: <Pairs as Kind>::Block<S>, split: bool, slot: &mut [u8]) {
         if slot.len() == S::BLOCK {
+            claim(slot.as_ptr().wrapping_add(AHEAD / 2));
             shorts(s).store_codes_high(y, split, slot);
         } else {
             let mut all = [0; MAX_BLOCK];
@@ -278,7 +332,7 @@ impl Sink for HighCodes<'_> {
     }
 
     #[inline(always)]
-    fn end<S: Simd>(&mut self, _: S, (): (), _: usize) {}
+    fn end<S: Simd, const N: usize>(&mut self, _: S, _: [(); N], _: [usize; N]) {}
 }
 
 /// Multiples `times / 2^15` of 16-bit numbers, as codes in rows of `stride`.
@@ -321,10 +375,10 @@ impl Sink for LowCodes<'_> {
     }
 
     #[inline(always)]
-    fn end<S: Simd>(&mut self, _: S, _: Self::State<S>, _: usize) {}
+    fn end<S: Simd, const N: usize>(&mut self, _: S, _: [Self::State<S>; N], _: [usize; N]) {}
 }
 
-/// As [`Keep`] of 16-bit numbers.
+/// As [`Keep`] of 16-bit numbers, but the greatest of these and 0.
 pub(in crate::pass) struct KeepPairs<'a> {
     pub(in crate::pass) kept: &'a mut [i16],
     pub(in crate::pass) width: usize,
@@ -356,14 +410,14 @@ impl Sink for KeepPairs<'_> {
     ) {
         for ((y, most), slot) in y.into_iter().zip(most).zip(slot.chunks_exact_mut(2 * S::LANES)) {
             shorts(s).store(y, slot);
-            *most = shorts(s).max_abs(y, *most);
+            *most = shorts(s).max(y, *most);
         }
     }
 
     #[inline(always)]
-    fn end<S: Simd>(&mut self, s: S, most: Self::State<S>, i: usize) {
-        for most in most {
-            self.most[i] = shorts(s).max_lane(most).max(self.most[i]);
+    fn end<S: Simd, const N: usize>(&mut self, s: S, most: [Self::State<S>; N], rows: [usize; N]) {
+        for ([a, b], row) in most.into_iter().zip(rows) {
+            self.most[row] = shorts(s).max_lane(shorts(s).max(a, b)).max(self.most[row]);
         }
     }
 }

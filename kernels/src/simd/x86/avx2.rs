@@ -2,10 +2,9 @@
 
 use std::arch::x86_64::*;
 
-use super::prefetch;
+use super::{max_lanes, prefetch, sums};
 use crate::layout::ALIGN;
-use crate::simd::shorts::{Pair, Shorts, Table};
-use crate::simd::{Block, Simd, SimdOp};
+use crate::simd::{Block, CODE_ZERO, Simd, SimdOp};
 use crate::{bf16, f16};
 
 /// Eight lanes. A value proves AVX2, FMA and F16C.
@@ -263,6 +262,29 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
+    fn store_scaled_codes(self, mut block: Block<__m256>, factor: __m256, split: bool, dst: &mut [u8]) {
+        let dst = &mut dst[..Self::BLOCK];
+        for v in &mut block {
+            *v = self.fma(*v, factor, Simd::splat(self, CODE_ZERO));
+        }
+        let [a, b, c, d] = block;
+        tier!({
+            let (a, b) = (_mm256_castps_si256(a), _mm256_castps_si256(b));
+            let (c, d) = (_mm256_castps_si256(c), _mm256_castps_si256(d));
+            let ab = _mm256_blend_epi16::<0xaa>(a, _mm256_slli_epi32::<16>(b));
+            let cd = _mm256_blend_epi16::<0xaa>(c, _mm256_slli_epi32::<16>(d));
+            let bytes = _mm256_packus_epi16(ab, cd);
+            let codes = if split {
+                _mm256_permute4x64_epi64::<0xd8>(bytes)
+            } else {
+                let apart = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+                let bytes = _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(apart));
+                _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))
+            };
+            _mm256_storeu_si256(dst.as_mut_ptr().cast(), codes)
+        })
+    }
+    #[inline(always)]
     fn add(self, a: __m256, b: __m256) -> __m256 {
         tier!(_mm256_add_ps(a, b))
     }
@@ -345,6 +367,14 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
+    fn sums(self, v: [__m256; 4]) -> [f32; 4] {
+        tier!(sums(v))
+    }
+    #[inline(always)]
+    fn max_lanes(self, v: [__m256; 2]) -> [f32; 2] {
+        tier!(max_lanes(v))
+    }
+    #[inline(always)]
     fn transpose(self, rows: &mut [__m256]) {
         let r: &mut [__m256; 8] = rows.first_chunk_mut().expect("a square of lanes");
         tier!({
@@ -365,119 +395,6 @@ impl Simd for Avx2 {
                 r[i] = _mm256_permute2f128_ps::<0x20>(u[i], u[i + 4]);
                 r[i + 4] = _mm256_permute2f128_ps::<0x31>(u[i], u[i + 4]);
             }
-        })
-    }
-}
-
-impl Shorts for Avx2 {
-    const PIECES: usize = 16;
-    type F = __m256;
-    type V = __m256i;
-    /// The piece in the low bytes, then in the high ones; the others take no part.
-    type Index = [__m256i; 2];
-
-    #[inline(always)]
-    fn round_block(self, [a, b, c, d]: Block<__m256>, split: bool) -> Pair<__m256i> {
-        tier!({
-            let (a, b) = (_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
-            let (c, d) = (_mm256_cvtps_epi32(c), _mm256_cvtps_epi32(d));
-            if split {
-                [_mm256_packs_epi32(a, c), _mm256_packs_epi32(b, d)]
-            } else {
-                [_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d)]
-            }
-        })
-    }
-    #[inline(always)]
-    fn splat(self, x: i16) -> __m256i {
-        tier!(_mm256_set1_epi16(x))
-    }
-    #[inline(always)]
-    fn load(self, src: &[i16]) -> __m256i {
-        let src = &src[..16];
-        tier!(_mm256_loadu_si256(src.as_ptr().cast()))
-    }
-    #[inline(always)]
-    fn store(self, v: __m256i, dst: &mut [i16]) {
-        let dst = &mut dst[..16];
-        tier!(_mm256_storeu_si256(dst.as_mut_ptr().cast(), v))
-    }
-    #[inline(always)]
-    fn index(self, v: __m256i) -> [__m256i; 2] {
-        tier!({
-            let piece = _mm256_and_si256(_mm256_mulhrs_epi16(v, _mm256_set1_epi16(8)), _mm256_set1_epi16(15));
-            // A byte with its highest bit set looks up 0.
-            [
-                _mm256_or_si256(piece, _mm256_set1_epi16(0x8000u16 as i16)),
-                _mm256_or_si256(_mm256_slli_epi16::<8>(piece), _mm256_set1_epi16(0x80)),
-            ]
-        })
-    }
-    #[inline(always)]
-    fn place(self, v: __m256i) -> __m256i {
-        tier!(_mm256_slli_epi16::<4>(v))
-    }
-    #[inline(always)]
-    fn lookup(self, table: &Table, [low, high]: [__m256i; 2]) -> __m256i {
-        tier!({
-            let [lows, highs] = &table.bytes;
-            let lows = _mm256_broadcastsi128_si256(_mm_loadu_si128(lows.as_ptr().cast()));
-            let highs = _mm256_broadcastsi128_si256(_mm_loadu_si128(highs.as_ptr().cast()));
-            _mm256_or_si256(_mm256_shuffle_epi8(lows, low), _mm256_shuffle_epi8(highs, high))
-        })
-    }
-    #[inline(always)]
-    fn mul(self, a: __m256i, b: __m256i) -> __m256i {
-        tier!(_mm256_mulhrs_epi16(a, b))
-    }
-    #[inline(always)]
-    fn add(self, a: __m256i, b: __m256i) -> __m256i {
-        tier!(_mm256_add_epi16(a, b))
-    }
-    #[inline(always)]
-    fn add_saturating(self, a: __m256i, b: __m256i) -> __m256i {
-        tier!(_mm256_adds_epi16(a, b))
-    }
-    #[inline(always)]
-    fn max_abs(self, a: __m256i, most: __m256i) -> __m256i {
-        tier!(_mm256_max_epu16(_mm256_abs_epi16(a), most))
-    }
-    #[inline(always)]
-    fn max_lane(self, v: __m256i) -> u16 {
-        tier!({
-            let v = _mm_max_epu16(_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
-            // The least of what is left to 2^16 - 1.
-            !_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(v, _mm_set1_epi8(-1)))) as u16
-        })
-    }
-    #[inline(always)]
-    fn store_codes_high(self, [a, b]: Pair<__m256i>, split: bool, dst: &mut [u8]) {
-        let dst = &mut dst[..32];
-        tier!({
-            let signed = if split {
-                let odd = _mm256_and_si256(b, _mm256_set1_epi16(0xff00u16 as i16));
-                _mm256_permute4x64_epi64::<0xd8>(_mm256_or_si256(odd, _mm256_srli_epi16::<8>(a)))
-            } else {
-                let bytes = _mm256_packs_epi16(_mm256_srai_epi16::<8>(a), _mm256_srai_epi16::<8>(b));
-                _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))
-            };
-            let codes =
-                _mm256_xor_si256(_mm256_max_epi8(signed, _mm256_set1_epi8(-127)), _mm256_set1_epi8(-128));
-            _mm256_storeu_si256(dst.as_mut_ptr().cast(), codes)
-        })
-    }
-    #[inline(always)]
-    fn store_codes_low(self, [a, b]: Pair<__m256i>, split: bool, dst: &mut [u8]) {
-        let dst = &mut dst[..32];
-        tier!({
-            let signed = if split {
-                let even = _mm256_and_si256(a, _mm256_set1_epi16(0xff));
-                _mm256_permute4x64_epi64::<0xd8>(_mm256_or_si256(even, _mm256_slli_epi16::<8>(b)))
-            } else {
-                let bytes = _mm256_packs_epi16(a, b);
-                _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))
-            };
-            _mm256_storeu_si256(dst.as_mut_ptr().cast(), _mm256_xor_si256(signed, _mm256_set1_epi8(-128)))
         })
     }
 }

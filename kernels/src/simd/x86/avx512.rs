@@ -2,10 +2,9 @@
 
 use std::arch::x86_64::*;
 
-use super::prefetch;
+use super::{max_lanes, prefetch, sums};
 use crate::layout::ALIGN;
-use crate::simd::shorts::{Pair, Shorts, Table};
-use crate::simd::{Block, Simd, SimdOp};
+use crate::simd::{Block, CODE_ZERO, Simd, SimdOp};
 use crate::{bf16, f16};
 
 /// Sixteen lanes. A value proves AVX-512 F, BW, VL, DQ and AVX2, FMA, and AVX-512-BF16 if `BF16`.
@@ -270,6 +269,30 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         })
     }
     #[inline(always)]
+    fn store_scaled_codes(self, mut block: Block<__m512>, factor: __m512, split: bool, dst: &mut [u8]) {
+        let dst = &mut dst[..Self::BLOCK];
+        for v in &mut block {
+            *v = self.fma(*v, factor, Simd::splat(self, CODE_ZERO));
+        }
+        let [a, b, c, d] = block;
+        tier!({
+            let (a, b) = (_mm512_castps_si512(a), _mm512_castps_si512(b));
+            let (c, d) = (_mm512_castps_si512(c), _mm512_castps_si512(d));
+            let high = _mm512_set1_epi32(0xffff_0000u32 as i32);
+            // second << 16 where `high`, else first
+            let ab = _mm512_ternarylogic_epi32::<0xca>(high, _mm512_slli_epi32::<16>(b), a);
+            let cd = _mm512_ternarylogic_epi32::<0xca>(high, _mm512_slli_epi32::<16>(d), c);
+            let bytes = _mm512_packus_epi16(ab, cd);
+            let codes = if split {
+                self.order_split(bytes)
+            } else {
+                let apart = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+                self.order_packed(_mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(apart)))
+            };
+            _mm512_storeu_si512(dst.as_mut_ptr().cast(), codes)
+        })
+    }
+    #[inline(always)]
     fn add(self, a: __m512, b: __m512) -> __m512 {
         tier!(_mm512_add_ps(a, b))
     }
@@ -343,6 +366,24 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         tier!(_mm512_reduce_max_ps(a))
     }
     #[inline(always)]
+    fn sums(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+        tier!({
+            let a = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a));
+            let b = _mm256_add_ps(_mm512_castps512_ps256(b), _mm512_extractf32x8_ps::<1>(b));
+            let c = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps::<1>(c));
+            let d = _mm256_add_ps(_mm512_castps512_ps256(d), _mm512_extractf32x8_ps::<1>(d));
+            sums([a, b, c, d])
+        })
+    }
+    #[inline(always)]
+    fn max_lanes(self, [a, b]: [__m512; 2]) -> [f32; 2] {
+        tier!({
+            let a = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a));
+            let b = _mm256_max_ps(_mm512_castps512_ps256(b), _mm512_extractf32x8_ps::<1>(b));
+            max_lanes([a, b])
+        })
+    }
+    #[inline(always)]
     fn transpose(self, rows: &mut [__m512]) {
         let r: &mut [__m512; 16] = rows.first_chunk_mut().expect("a square of lanes");
         tier!({
@@ -376,118 +417,16 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
 impl<const BF16: bool> Avx512<BF16> {
     /// A block of bytes from two vectors, each with eight elements in its 128 bits: four of 64 from 0 on, four from 32 on.
     #[inline(always)]
-    fn order_split(self, bytes: __m512i) -> __m512i {
+    pub(super) fn order_split(self, bytes: __m512i) -> __m512i {
         tier!(_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), bytes))
     }
 
     /// A block of bytes from four elements of each vector within 128 bits.
     #[inline(always)]
-    fn order_packed(self, bytes: __m512i) -> __m512i {
+    pub(super) fn order_packed(self, bytes: __m512i) -> __m512i {
         tier!({
             let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
             _mm512_permutexvar_epi32(order, bytes)
-        })
-    }
-}
-
-impl<const BF16: bool> Shorts for Avx512<BF16> {
-    const PIECES: usize = 32;
-    type F = __m512;
-    type V = __m512i;
-    type Index = __m512i;
-
-    #[inline(always)]
-    fn round_block(self, [a, b, c, d]: Block<__m512>, split: bool) -> Pair<__m512i> {
-        tier!({
-            let (a, b) = (_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
-            let (c, d) = (_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
-            if split {
-                [_mm512_packs_epi32(a, c), _mm512_packs_epi32(b, d)]
-            } else {
-                [_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)]
-            }
-        })
-    }
-    #[inline(always)]
-    fn splat(self, x: i16) -> __m512i {
-        tier!(_mm512_set1_epi16(x))
-    }
-    #[inline(always)]
-    fn load(self, src: &[i16]) -> __m512i {
-        let src = &src[..32];
-        tier!(_mm512_loadu_si512(src.as_ptr().cast()))
-    }
-    #[inline(always)]
-    fn store(self, v: __m512i, dst: &mut [i16]) {
-        let dst = &mut dst[..32];
-        tier!(_mm512_storeu_si512(dst.as_mut_ptr().cast(), v))
-    }
-    #[inline(always)]
-    fn index(self, v: __m512i) -> __m512i {
-        tier!(_mm512_mulhrs_epi16(v, _mm512_set1_epi16(16)))
-    }
-    #[inline(always)]
-    fn place(self, v: __m512i) -> __m512i {
-        tier!(_mm512_slli_epi16::<5>(v))
-    }
-    #[inline(always)]
-    fn lookup(self, table: &Table, index: __m512i) -> __m512i {
-        tier!(_mm512_permutexvar_epi16(index, _mm512_loadu_si512(table.numbers.as_ptr().cast())))
-    }
-    #[inline(always)]
-    fn mul(self, a: __m512i, b: __m512i) -> __m512i {
-        tier!(_mm512_mulhrs_epi16(a, b))
-    }
-    #[inline(always)]
-    fn add(self, a: __m512i, b: __m512i) -> __m512i {
-        tier!(_mm512_add_epi16(a, b))
-    }
-    #[inline(always)]
-    fn add_saturating(self, a: __m512i, b: __m512i) -> __m512i {
-        tier!(_mm512_adds_epi16(a, b))
-    }
-    #[inline(always)]
-    fn max_abs(self, a: __m512i, most: __m512i) -> __m512i {
-        tier!(_mm512_max_epu16(_mm512_abs_epi16(a), most))
-    }
-    #[inline(always)]
-    fn max_lane(self, v: __m512i) -> u16 {
-        tier!({
-            let v = _mm256_max_epu16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64::<1>(v));
-            let v = _mm_max_epu16(_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
-            // The least of what is left to 2^16 - 1.
-            !_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(v, _mm_set1_epi8(-1)))) as u16
-        })
-    }
-    #[inline(always)]
-    fn store_codes_high(self, [a, b]: Pair<__m512i>, split: bool, dst: &mut [u8]) {
-        let dst = &mut dst[..64];
-        tier!({
-            let signed = if split {
-                let high = _mm512_set1_epi16(0xff00u16 as i16);
-                // odd where `high`, else even >> 8
-                self.order_split(_mm512_ternarylogic_epi32::<0xca>(high, b, _mm512_srli_epi16::<8>(a)))
-            } else {
-                let bytes = _mm512_packs_epi16(_mm512_srai_epi16::<8>(a), _mm512_srai_epi16::<8>(b));
-                self.order_packed(bytes)
-            };
-            let codes =
-                _mm512_xor_si512(_mm512_max_epi8(signed, _mm512_set1_epi8(-127)), _mm512_set1_epi8(-128));
-            _mm512_storeu_si512(dst.as_mut_ptr().cast(), codes)
-        })
-    }
-    #[inline(always)]
-    fn store_codes_low(self, [a, b]: Pair<__m512i>, split: bool, dst: &mut [u8]) {
-        let dst = &mut dst[..64];
-        tier!({
-            let signed = if split {
-                let high = _mm512_set1_epi16(0xff00u16 as i16);
-                // odd << 8 where `high`, else even
-                self.order_split(_mm512_ternarylogic_epi32::<0xca>(high, _mm512_slli_epi16::<8>(b), a))
-            } else {
-                self.order_packed(_mm512_packs_epi16(a, b))
-            };
-            _mm512_storeu_si512(dst.as_mut_ptr().cast(), _mm512_xor_si512(signed, _mm512_set1_epi8(-128)))
         })
     }
 }
