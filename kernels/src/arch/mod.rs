@@ -39,21 +39,21 @@ pub(crate) static KERNELS: &[&GemmKernel] = &[
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) static KERNELS: &[&GemmKernel] = &[&scalar::GEMM_U8S8, &scalar::GEMM_F32];
 
-/// Asks for the cache line of the first byte of `bytes`, into L2.
+/// Asks for the cache line at `at`, into L2.
 #[inline(always)]
-pub(crate) fn prefetch(bytes: &[u8]) {
+pub(crate) fn prefetch(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch reads nothing and never faults.
     unsafe {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().cast());
+        _mm_prefetch::<_MM_HINT_T1>(at.cast());
     }
     #[cfg(target_arch = "aarch64")]
     // SAFETY: a prefetch has no effect but on caches, whatever the address.
     unsafe {
-        std::arch::asm!("prfm pldl2keep, [{}]", in(reg) bytes.as_ptr(), options(nostack, readonly, preserves_flags));
+        std::arch::asm!("prfm pldl2keep, [{}]", in(reg) at, options(nostack, readonly, preserves_flags));
     }
-    let _ = bytes;
+    let _ = at;
 }
 
 /// Asks for the cache line at `line`, which is about to be written.

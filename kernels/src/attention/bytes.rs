@@ -399,14 +399,15 @@ fn weigh<D: Dot>(
 ) -> <D::Vectors as Simd>::F {
     let s = d.vectors();
     let mut sum = d.splat(0);
-    for (scores, weights) in scores.chunks_exact(4 * n).zip(weights.chunks_exact_mut(n)) {
-        let mut below = [highest; 4];
-        for (below, scores) in below.iter_mut().zip(scores.chunks_exact(n)) {
-            *below = s.sub(s.load(&scores[at..]), highest);
+    for (scores, weights) in scores.chunks_exact(PANEL * n).zip(weights.chunks_exact_mut(PANEL / 4 * n)) {
+        let mut panel = [highest; PANEL];
+        for i in 0..PANEL {
+            panel[i] = s.load(&scores[i * n + at..]);
         }
-        let four = d.powers(below, factor);
-        sum = d.dot(sum, four, d.splat(0x0101_0101));
-        d.store(four, &mut weights[at..]);
+        let [low, high] = d.powers(panel, highest, factor);
+        sum = d.dot(d.dot(sum, low, d.splat(0x0101_0101)), high, d.splat(0x0101_0101));
+        d.store(low, &mut weights[at..]);
+        d.store(high, &mut weights[n + at..]);
     }
     d.to_f32(sum)
 }

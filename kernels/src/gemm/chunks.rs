@@ -38,10 +38,12 @@ pub(super) fn chunks(
     // All taps of a filter at once where they fit, or a line of it: rows of pixels side by side are met again while they are
     // in the nearest cache.
     let line = all_taps.isqrt();
+    // What comes from L2 for each tile costs vector kernels more than to keep the sums of a block between taps.
+    let line_most = if kernel.fetches { most / 2 } else { most };
     let taps = match all_taps {
         _ if by_tap || widens || kernel.taps < all_taps => 1,
         all if all * padded <= most => all,
-        all if line * line == all => line,
+        all if line * line == all && line * padded <= line_most => line,
         _ => 1,
     };
     most = (most / taps / TILE_K * TILE_K).max(TILE_K).min(padded);

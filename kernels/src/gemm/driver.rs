@@ -167,7 +167,8 @@ pub(super) fn run(
     let blocks = plan.geometry.blocks(block_rows, folds);
     let pairs = weight.shape.panels().div_ceil(PAIR);
     let mut group = pairs;
-    let least = if halves { 2 } else { 1 };
+    // Widened rows are worth more than a pair.
+    let least = if halves || widens { 2 } else { 1 };
     while blocks.len() * pairs.div_ceil(group.max(1)) < TASKS && group > least {
         group = group.div_ceil(2).next_multiple_of(least);
     }

@@ -28,7 +28,7 @@ macro_rules! steps {
             use $crate::gemm::steps::*;
             $(#[$attribute])*
             fn widen_rows(args: &Widen<'_>, out: &mut [u8]) {
-                widen(args, out)
+                widen($token, args, out)
             }
             $(#[$attribute])*
             fn unpack_tiles(args: &Unpack<'_>, out: &mut [u8]) {

@@ -6,7 +6,7 @@ use super::columns::Columns;
 use super::driver::{PAIR, Plan};
 use super::geometry::RowTile;
 use super::steps::{AddTap, Finish, Held, Sums, Target, add_tap, finish};
-use super::tile::{Claim, MAX_TAPS, TILE_COLUMNS, TileArgs};
+use super::tile::{Claim, MAX_TAPS, Next, TILE_COLUMNS, TileArgs, UNROLLED};
 use crate::arch::prefetch;
 use crate::layout::{ALIGN, TILE_N};
 use crate::simd::Simd;
@@ -63,10 +63,16 @@ impl Ahead<'_> {
         for panel in &mut self.panels {
             let (now, later) = panel.split_at(self.step.min(panel.len()));
             for line in now.chunks(ALIGN) {
-                prefetch(line);
+                prefetch(line.as_ptr());
             }
             *panel = later;
         }
+    }
+
+    /// What a tile of `steps` steps asks for.
+    fn next(&self, steps: usize) -> Next {
+        let rounds = (steps / UNROLLED).max(1);
+        Next { panels: self.panels.map(<[u8]>::as_ptr), step: self.step.div_ceil(rounds) }
     }
 }
 
@@ -100,8 +106,12 @@ impl Plan<'_> {
         let mut reach = Reach { phase: None, first: 0, taps: [0; MAX_TAPS], last: 0 };
         let mut terms = Terms { image: None, bias: columns.bias, offset: columns.offset };
         let mut row = 0;
+        let mut next =
+            if self.kernel.fetches { strip.ahead.next(chunk.taps * k / self.kernel.kr) } else { Next::NONE };
         for tile in tiles {
-            strip.ahead.prefetch();
+            if !self.kernel.fetches {
+                strip.ahead.prefetch();
+            }
             let mut claim = if finishes && !self.past {
                 self.target(columns, tile).claim(tile.rows)
             } else {
@@ -138,8 +148,10 @@ impl Plan<'_> {
                 c: products.as_mut_ptr().cast(),
                 accumulate: !chunk.first,
                 claim,
+                next,
             };
             self.multiply(args, products, &strip.blocks);
+            next.panels = next.panels.map(|panel| panel.wrapping_add(strip.ahead.step));
             // At once: the loads would wait for the stores of a tile multiplied meanwhile, a multiple of 4 KiB away.
             let mut sums = None;
             if chunk.last && self.by_tap {
@@ -212,6 +224,7 @@ impl Plan<'_> {
             let args = TileArgs {
                 b: blocks.bytes[p * blocks.stride..].as_ptr(),
                 panels: at_once.min(args.panels - p),
+                next: Next { panels: [args.next.panels[p], args.next.panels[PAIR - 1]], ..args.next },
                 c: products.as_mut_ptr().cast::<u8>().wrapping_add(p * TILE_N * 4),
                 ..args
             };

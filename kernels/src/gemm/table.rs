@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::steps::Steps;
-use super::tile::TileFn;
+use super::tile::{MAX_TAPS, TileFn};
 use crate::Isa;
 use crate::layout::Encoding;
 use crate::view::Operand;
@@ -44,6 +44,15 @@ impl Types {
         }
     }
 
+    /// Taps that the kernels that work by broadcasting sum at a time: more than one where the weights of a line of a filter
+    /// have room beside each other.
+    pub(crate) const fn broadcast_taps(self) -> usize {
+        match self {
+            Types::U8S8 => MAX_TAPS,
+            Types::S16S16 | Types::Bf16 | Types::F32 => 1,
+        }
+    }
+
     /// Whether sums are i32.
     pub const fn is_integer(self) -> bool {
         matches!(self, Types::U8S8 | Types::S16S16)
@@ -74,6 +83,8 @@ pub struct GemmKernel {
     pub(crate) taps: usize,
     /// Whether the function asks for the lines that the finished tile goes to.
     pub(crate) claims: bool,
+    /// Whether the function asks for the weights that come next.
+    pub(crate) fetches: bool,
     /// The function.
     pub(crate) tile: TileFn,
     /// The multiplications of a tile without its loads.

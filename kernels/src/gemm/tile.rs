@@ -1,7 +1,7 @@
 //! The one body of all tiles that work by broadcasting: each step loads `V` vectors of weights and meets them with an
 //! element group of each of `R` rows. An instruction set says how in its [`Lanes`].
 
-use crate::arch::claim;
+use crate::arch::{claim, prefetch};
 
 /// Columns of an accumulator tile in memory, also where a kernel computes 16 of them.
 pub(crate) const TILE_COLUMNS: usize = 32;
@@ -15,10 +15,8 @@ pub(crate) struct TileArgs {
     /// Row 0 of the first tap, `k` elements.
     pub(crate) a: *const u8,
     /// `[taps]`: bytes from `a` to row 0 of each tap.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "all tiles sum one tap at a time"))]
     pub(crate) tap_at: *const usize,
     /// Taps that are summed: 1 to the kernel's [`taps`](crate::gemm::GemmKernel::taps).
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "all tiles sum one tap at a time"))]
     pub(crate) taps: usize,
     /// From row to row.
     pub(crate) a_stride: usize,
@@ -27,7 +25,6 @@ pub(crate) struct TileArgs {
     /// The blocks of panel 0, from the first k of the first tap.
     pub(crate) b: *const u8,
     /// From tap to tap.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "all tiles sum one tap at a time"))]
     pub(crate) b_tap: usize,
     /// From panel to panel.
     pub(crate) b_stride: usize,
@@ -43,6 +40,21 @@ pub(crate) struct TileArgs {
     /// [claims](crate::gemm::GemmKernel::claims).
     #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "no kernel claims"))]
     pub(crate) claim: Claim,
+    /// Weights that will be wanted soon, to be asked for by a kernel that [fetches](crate::gemm::GemmKernel::fetches).
+    pub(crate) next: Next,
+}
+
+/// Where the weights lie that will be wanted soon. Addresses are never followed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Next {
+    /// For each panel of the tile.
+    pub(crate) panels: [*const u8; TILE_COLUMNS / 16],
+    /// Bytes to go on after each round of a tap.
+    pub(crate) step: usize,
+}
+
+impl Next {
+    pub(crate) const NONE: Next = Next { panels: [std::ptr::null(); _], step: 0 };
 }
 
 /// Cache lines that will be written to soon. Addresses are never followed.
@@ -110,8 +122,9 @@ const ROW_GROUP: usize = 6;
 /// Pointers, for as many rows as a tile may have.
 const ROW_GROUPS: usize = 2;
 
-/// Steps of a round of the loop through k.
-const UNROLLED: usize = 2;
+/// Steps of a round of the loop through k. Each asks for a part of the weights that come next: all at once they would keep the
+/// loads of the tile waiting.
+pub(crate) const UNROLLED: usize = 2;
 
 /// How far a tile has come.
 struct Position {
@@ -122,9 +135,19 @@ struct Position {
     stride: [usize; 3],
     b: *const u8,
     b_stride: usize,
+    next: Next,
 }
 
 impl Position {
+    /// Asks for weights that come next, for the panels of `columns` columns.
+    #[inline(always)]
+    fn fetch(&mut self, columns: usize) {
+        for panel in &mut self.next.panels[..columns.div_ceil(16)] {
+            prefetch(*panel);
+            *panel = panel.wrapping_add(self.next.step);
+        }
+    }
+
     /// Takes `N` steps through k.
     ///
     /// # Safety
@@ -179,18 +202,19 @@ pub(crate) unsafe fn broadcast_tile<L: Lanes, const R: usize, const V: usize>(t:
         const { assert!(R <= ROW_GROUP * ROW_GROUPS) };
         // Behind black boxes, or each multiple would be computed again from the one before.
         let stride = [1, 3, 5].map(|n| std::hint::black_box(n * t.a_stride));
-        let mut at = Position {
-            a: std::array::from_fn(|g| t.a.wrapping_add(g * ROW_GROUP * t.a_stride)),
-            stride,
-            b: t.b,
-            b_stride: t.b_stride,
-        };
+        let mut at = Position { a: [t.a; ROW_GROUPS], stride, b: t.b, b_stride: t.b_stride, next: t.next };
         let steps = t.k / L::K;
-        for _ in 0..steps / UNROLLED {
-            at.multiply::<L, R, V, UNROLLED>(&mut acc);
-        }
-        for _ in 0..steps % UNROLLED {
-            at.multiply::<L, R, V, 1>(&mut acc);
+        for tap in 0..t.taps {
+            let a = t.a.wrapping_add(*t.tap_at.add(tap));
+            at.a = std::array::from_fn(|g| a.wrapping_add(g * ROW_GROUP * t.a_stride));
+            at.b = t.b.wrapping_add(tap * t.b_tap);
+            for _ in 0..steps / UNROLLED {
+                at.multiply::<L, R, V, UNROLLED>(&mut acc);
+                at.fetch(V * L::COLUMNS);
+            }
+            for _ in 0..steps % UNROLLED {
+                at.multiply::<L, R, V, 1>(&mut acc);
+            }
         }
         for (r, row) in acc.iter().enumerate() {
             for (v, &acc) in row.iter().enumerate() {
@@ -265,8 +289,9 @@ macro_rules! broadcast_kernel {
                 $crate::gemm::table::Peak { run: peak, ops: $crate::gemm::tile::peak_ops::<$lanes>() }
             },
             steps: $steps,
-            taps: 1,
+            taps: $crate::gemm::table::Types::$types.broadcast_taps(),
             claims: false,
+            fetches: true,
             leave: || (),
         };
     };

@@ -16,7 +16,7 @@ pub(crate) enum Widen<'a> {
 }
 
 #[inline(always)]
-pub(crate) fn widen(args: &Widen<'_>, out: &mut [u8]) {
+pub(crate) fn widen<S: Simd>(s: S, args: &Widen<'_>, out: &mut [u8]) {
     match args {
         Widen::U8(row) => {
             for (out, &x) in bytemuck::cast_slice_mut::<u8, i16>(out).iter_mut().zip(*row) {
@@ -24,8 +24,10 @@ pub(crate) fn widen(args: &Widen<'_>, out: &mut [u8]) {
             }
         }
         Widen::Bf16(row) => {
-            for (out, &x) in bytemuck::cast_slice_mut::<u8, f32>(out).iter_mut().zip(*row) {
-                *out = from_bf16(x);
+            let out: &mut [f32] = bytemuck::cast_slice_mut(out);
+            // Pieces of rows are multiples of `TILE_K`.
+            for (out, x) in out.chunks_exact_mut(S::LANES).zip(row.chunks_exact(S::LANES)) {
+                s.store(s.load_bf16(x), out);
             }
         }
     }
@@ -230,16 +232,12 @@ fn spread_half<S: Simd, T: bytemuck::Pod>(
     let out: &mut [f32] = bytemuck::cast_slice_mut(out);
     let pairs = out.as_chunks_mut::<{ 2 * TILE_N }>().0;
     for (codes, out) in codes.chunks_exact(2 * TILE_N).zip(pairs) {
-        let mut wide = [0.0; 2 * TILE_N];
-        for (codes, wide) in codes.chunks_exact(S::LANES).zip(wide.chunks_exact_mut(S::LANES)) {
-            s.store(load(s, codes), wide);
+        let (even, odd) = out.split_at_mut(TILE_N);
+        for n in (0..TILE_N).step_by(S::LANES) {
+            let codes = &codes[2 * n..][..2 * S::LANES];
+            let [x, y] = s.unzip(load(s, &codes[..S::LANES]), load(s, &codes[S::LANES..]));
+            s.store(x, &mut even[n..]);
+            s.store(y, &mut odd[n..]);
         }
-        let wide = opaque(&wide);
-        *out = lanes(|i| wide[i % TILE_N * 2 + i / TILE_N]);
     }
-}
-
-#[inline(always)]
-fn from_bf16(x: bf16) -> f32 {
-    f32::from_bits(u32::from(x.to_bits()) << 16)
 }

@@ -35,9 +35,15 @@ pub trait Dot: Copy + Send + Sync + 'static {
     fn as_f32(self, v: Self::Words) -> <Self::Vectors as Simd>::F;
     /// Rounds to nearest even, and joins byte by byte numbers that round to 0 ..= 255.
     fn pack(self, x: [<Self::Vectors as Simd>::F; 4]) -> Self::Words;
-    /// `MOST * 2^(x * factor)` for `x` up to 0 and a positive `factor`, within 0.4 %, and then as [`Dot::pack`]; 0 where the
-    /// power is far below 1.
-    fn powers(self, x: [<Self::Vectors as Simd>::F; 4], factor: <Self::Vectors as Simd>::F) -> Self::Words;
+    /// `MOST * 2^((x - top) * factor)` for `x` up to `top` and a positive `factor`, within 0.4 % and a fiftieth (16-bit lanes
+    /// have no more), and then each four as [`Dot::pack`]; 0 where the power is far below 1. `top * factor` is rounded to 24
+    /// bits. Eight at a time, step by step: a chain of dependent instructions for each is more than a processor looks ahead.
+    fn powers(
+        self,
+        x: [<Self::Vectors as Simd>::F; 8],
+        top: <Self::Vectors as Simd>::F,
+        factor: <Self::Vectors as Simd>::F,
+    ) -> [Self::Words; 2];
 }
 
 /// A computation written over [`Dot`]. `run` and what it calls should be `#[inline(always)]`.
@@ -122,26 +128,33 @@ mod tests {
             let bits: Vec<u32> = want.iter().map(|x| x.to_bits()).collect();
             assert_eq!(floats(d.as_f32(d.load(&bits))), want);
             // From the greatest power down to what rounds to 0.
-            for i in 0..40_000 {
-                let x: [f32; 4] = std::array::from_fn(|j| -(i as f32 + j as f32 * 0.25));
-                let factor = 10.0 / 40_000.0;
-                for bytes in words(d.powers(x.map(|x| s.splat(x)), s.splat(factor))) {
-                    for (x, got) in x.into_iter().zip(bytes.to_le_bytes()) {
-                        let want = f64::from(D::MOST) * f64::from(x * factor).exp2();
-                        assert!(
-                            (f64::from(got) - want).abs() <= 0.501 + 4e-3 * want,
-                            "{x}: {got} for {want}"
-                        );
+            for top in [0.0, -123.0, 12_345_678.0] {
+                for i in 0..40_000 {
+                    let x: [f32; 8] = std::array::from_fn(|j| -(i as f32 + j as f32 * 0.25).floor());
+                    let factor = 10.0 / 40_000.0;
+                    let got = d.powers(x.map(|x| s.splat(top + x)), s.splat(top), s.splat(factor));
+                    for (x, got) in x.chunks(4).zip(got) {
+                        for bytes in words(got) {
+                            for (x, got) in x.iter().zip(bytes.to_le_bytes()) {
+                                let want = f64::from(D::MOST) * f64::from(x * factor).exp2();
+                                assert!(
+                                    (f64::from(got) - want).abs() <= 0.52 + 4e-3 * want,
+                                    "{x} below {top}: {got} for {want}"
+                                );
+                            }
+                        }
                     }
                 }
             }
             for x in [-300.0, -1e5, -1e30] {
-                assert_eq!(words(d.powers([s.splat(x); 4], s.splat(1.0))), vec![0; n], "{x}");
+                let got = d.powers([s.splat(x); 8], s.splat(0.0), s.splat(1.0));
+                assert_eq!(got.map(words), [vec![0; n], vec![0; n]], "{x}");
             }
-            assert_eq!(
-                words(d.powers([s.splat(0.0); 4], s.splat(3.0))),
-                vec![u32::from_le_bytes([D::MOST; 4]); n]
-            );
+            for top in [0.0, 12_582_912.0] {
+                let got = d.powers([s.splat(top); 8], s.splat(top), s.splat(3e-4));
+                let most = vec![u32::from_le_bytes([D::MOST; 4]); n];
+                assert_eq!(got.map(words), [most.clone(), most]);
+            }
         }
     }
 

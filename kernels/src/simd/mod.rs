@@ -168,6 +168,17 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn fraction(self, a: Self::F) -> Self::F;
     /// `a * 2^floor(n)` for `a` in `[1, 2.1)` and a finite `n` below 126; where `n < -126`, at most 2^-125.
     fn mul_pow2_floor(self, a: Self::F, n: Self::F) -> Self::F;
+    /// The elements of `a` and then `b` at even places, and those at odd ones.
+    #[inline(always)]
+    fn unzip(self, a: Self::F, b: Self::F) -> [Self::F; 2] {
+        let (mut zipped, mut places) = ([0.0; 2 * MAX_LANES], [[0.0; MAX_LANES]; 2]);
+        self.store(a, &mut zipped);
+        self.store(b, &mut zipped[Self::LANES..]);
+        for (i, &x) in zipped[..2 * Self::LANES].iter().enumerate() {
+            places[i % 2][i / 2] = x;
+        }
+        places.map(|x| self.load(&x))
+    }
     /// Lane by lane `a < b ? x : y`.
     fn select_lt(self, a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F;
     /// Whether `a < b` in any lane.
@@ -393,6 +404,10 @@ pub(crate) mod tests {
             block_contract(s);
             if let Some(shorts) = s.shorts() {
                 shorts::tests::contract(s, shorts);
+            }
+            let numbers: Vec<f32> = (0..2 * n).map(|i| i as f32).collect();
+            for (got, first) in s.unzip(s.load(&numbers), s.load(&numbers[n..])).into_iter().zip([0, 1]) {
+                assert_eq!(get(got), numbers[first..].iter().copied().step_by(2).collect::<Vec<_>>());
             }
             assert!(s.any_lt(v, s.splat(src[0] + 0.1)) && !s.any_lt(v, s.splat(src[0])));
             for e in [-126.0, -5.0, 0.0, 7.0, 127.0] {

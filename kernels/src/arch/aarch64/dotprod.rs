@@ -125,5 +125,6 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     steps: &super::STEPS,
     taps: 1,
     claims: false,
+    fetches: false,
     leave: || (),
 };

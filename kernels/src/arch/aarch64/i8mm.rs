@@ -249,6 +249,7 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     steps: &super::STEPS,
     taps: 1,
     claims: false,
+    fetches: false,
     leave: || (),
 };
 
@@ -266,5 +267,6 @@ pub(crate) static GEMM_BF16: GemmKernel = GemmKernel {
     steps: &super::STEPS,
     taps: 1,
     claims: false,
+    fetches: false,
     leave: || (),
 };

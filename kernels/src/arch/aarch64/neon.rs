@@ -198,6 +198,7 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     steps: &super::STEPS,
     taps: 1,
     claims: false,
+    fetches: false,
     leave: || (),
 };
 
@@ -215,5 +216,6 @@ pub(crate) static GEMM_F32: GemmKernel = GemmKernel {
     steps: &super::STEPS,
     taps: 1,
     claims: false,
+    fetches: false,
     leave: || (),
 };

@@ -338,6 +338,7 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     steps: &STEPS,
     taps: MAX_TAPS,
     claims: true,
+    fetches: false,
     leave: release,
 };
 
@@ -355,5 +356,6 @@ pub(crate) static GEMM_BF16: GemmKernel = GemmKernel {
     steps: &STEPS,
     taps: MAX_TAPS,
     claims: true,
+    fetches: false,
     leave: release,
 };

@@ -343,6 +343,13 @@ impl Simd for Avx2 {
         tier!(self.mul_pow2(a, _mm256_max_ps(_mm256_floor_ps(n), _mm256_set1_ps(-126.0))))
     }
     #[inline(always)]
+    fn unzip(self, a: __m256, b: __m256) -> [__m256; 2] {
+        tier!({
+            let (low, high) = (_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+            [_mm256_shuffle_ps::<0x88>(low, high), _mm256_shuffle_ps::<0xdd>(low, high)]
+        })
+    }
+    #[inline(always)]
     fn select_lt(self, a: __m256, b: __m256, x: __m256, y: __m256) -> __m256 {
         tier!(_mm256_blendv_ps(y, x, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b)))
     }

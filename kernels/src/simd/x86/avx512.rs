@@ -350,6 +350,14 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         tier!(_mm512_scalef_ps(a, n))
     }
     #[inline(always)]
+    fn unzip(self, a: __m512, b: __m512) -> [__m512; 2] {
+        tier!({
+            let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+            [_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b)]
+        })
+    }
+    #[inline(always)]
     fn select_lt(self, a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
         tier!(_mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y, x))
     }

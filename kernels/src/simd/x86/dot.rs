@@ -59,25 +59,31 @@ impl<const VNNI: bool> Dot8<VNNI> {
         })
     }
 
-    /// One vector of [`Dot::powers`], in words whose next byte is zero.
+    /// Replaces exponents in units of 2^-12, the least of which stands for 1/2, by their powers, rounded; the least by 0.
     #[inline(always)]
-    fn power(self, x: __m256, factor: __m256) -> __m256i {
-        // Adding it leaves 8 bits for a fraction; the exponent of an f32 begins above them.
-        const STEP: f32 = 49152.0 + 127.0;
-        // 2^(m - 1) for m in [1, 2], minimax.
-        const Q: [f32; 3] = [0.681_277_9, -0.016_742_57, 0.337_189_45];
-        // Adding it to a number below 2^22 leaves no bits for a fraction.
-        const ROUND: f32 = 8_388_608.0;
-        let s = self.0;
-        let most = f32::from(Self::MOST);
-        let e = s.max(s.fma(x, factor, s.splat(STEP)), s.splat(STEP - 100.0));
+    fn raise(self, e: &mut [__m256i; 4]) {
+        // 2^f for f in [0, 1] in units of 2^-14, minimax (within 0.21 %) of those that begin just below 1.
+        const Q: [i16; 3] = [16383, 10915, 5402];
         tier!({
-            let bits = _mm256_slli_epi32::<15>(_mm256_castps_si256(e));
-            let fraction = _mm256_and_si256(bits, _mm256_set1_epi32(0x7f_ffff));
-            let m = _mm256_castsi256_ps(_mm256_or_si256(fraction, _mm256_set1_epi32(0x3f80_0000)));
-            let power = _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_set1_epi32(0x7f_ffff), bits));
-            let q = s.fma(s.fma(m, s.splat(Q[2] * most), s.splat(Q[1] * most)), m, s.splat(Q[0] * most));
-            _mm256_castps_si256(s.fma(q, power, s.splat(ROUND)))
+            // Twice the power of two of the whole part, less 1.
+            let wholes = _mm_setr_epi8(0, 1, 3, 7, 15, 31, 63, 127, -1, -1, -1, -1, -1, -1, -1, -1);
+            let wholes = _mm256_broadcastsi128_si256(wholes);
+            let (mut whole, mut f, mut q) = (*e, *e, *e);
+            for i in 0..4 {
+                whole[i] = _mm256_srli_epi16::<12>(e[i]);
+                f[i] = _mm256_slli_epi16::<3>(_mm256_and_si256(e[i], _mm256_set1_epi16(0xfff)));
+            }
+            for i in 0..4 {
+                whole[i] = _mm256_shuffle_epi8(wholes, whole[i]);
+                q[i] = _mm256_mulhrs_epi16(f[i], _mm256_set1_epi16(Q[2]));
+            }
+            for i in 0..4 {
+                q[i] = _mm256_mulhrs_epi16(f[i], _mm256_add_epi16(q[i], _mm256_set1_epi16(Q[1])));
+            }
+            for i in 0..4 {
+                q[i] = _mm256_add_epi16(q[i], _mm256_set1_epi16(Q[0]));
+                e[i] = _mm256_mulhrs_epi16(q[i], _mm256_sub_epi16(whole[i], _mm256_set1_epi16(-1)));
+            }
         })
     }
 }
@@ -135,14 +141,31 @@ impl<const VNNI: bool> Dot for Dot8<VNNI> {
         ]))
     }
     #[inline(always)]
-    fn powers(self, x: [__m256; 4], factor: __m256) -> __m256i {
-        let [a, b, c, d] = x;
-        self.join([
-            self.power(a, factor),
-            self.power(b, factor),
-            self.power(c, factor),
-            self.power(d, factor),
-        ])
+    fn powers(self, x: [__m256; 8], top: __m256, factor: __m256) -> [__m256i; 2] {
+        const UNIT: f32 = 4096.0;
+        // Of the exponent of `MOST`.
+        let most = UNIT * if VNNI { 1.0 + math::LOG2_255 } else { 1.0 + math::LOG2_127 };
+        let s = self.0;
+        let factor = s.mul(factor, s.splat(UNIT));
+        let offset = s.sub(s.splat(most), s.mul(top, factor));
+        tier!({
+            let mut e = [_mm256_setzero_si256(); 4];
+            for i in 0..4 {
+                let (a, b) = (s.fma(x[2 * i], factor, offset), s.fma(x[2 * i + 1], factor, offset));
+                // What is below 0 saturates to 0.
+                e[i] = _mm256_packus_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
+            }
+            self.raise(&mut e);
+            // In each half four bytes of each of four vectors.
+            let order = _mm_setr_epi32(0x0c08_0400, 0x0d09_0501, 0x0e0a_0602, 0x0f0b_0703);
+            let mut words = [_mm256_packus_epi16(e[0], e[1]), _mm256_packus_epi16(e[2], e[3])];
+            for words in &mut words {
+                // Of a product that saturates, neither factor may be 128.
+                let bytes = if VNNI { *words } else { _mm256_min_epu8(*words, _mm256_set1_epi8(127)) };
+                *words = _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(order));
+            }
+            words
+        })
     }
 }
 
@@ -187,29 +210,81 @@ impl Dot for Dot16 {
             let [a, b, c, d] = x;
             let ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
             let cd = _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
-            let bytes = _mm512_packus_epi16(ab, cd);
-            // In each quarter four bytes of a, of b, of c and of d.
-            let order = _mm512_set4_epi32(0x0f0b_0703, 0x0e0a_0602, 0x0d09_0501, 0x0c08_0400);
-            _mm512_shuffle_epi8(bytes, order)
+            self.order(_mm512_packus_epi16(ab, cd))
         })
     }
     #[inline(always)]
-    fn powers(self, x: [__m512; 4], factor: __m512) -> __m512i {
-        let [a, b, c, d] = x;
-        self.pack([
-            self.power(a, factor),
-            self.power(b, factor),
-            self.power(c, factor),
-            self.power(d, factor),
-        ])
+    fn powers(self, x: [__m512; 8], top: __m512, factor: __m512) -> [__m512i; 2] {
+        let s = self.0;
+        let factor = s.mul(factor, s.splat(UNIT));
+        let offset = s.sub(s.splat(MOST_EXPONENT), s.mul(top, factor));
+        tier!({
+            let mut e = [_mm512_setzero_si512(); 4];
+            for i in 0..4 {
+                let (a, b) = (s.fma(x[2 * i], factor, offset), s.fma(x[2 * i + 1], factor, offset));
+                // What is below 0 saturates to 0.
+                e[i] = _mm512_packus_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
+            }
+            self.raise(&mut e);
+            [self.order(_mm512_packus_epi16(e[0], e[1])), self.order(_mm512_packus_epi16(e[2], e[3]))]
+        })
     }
 }
 
+/// Exponents in a piece of [`PIECES`], from whose beginning to its end powers grow by a quarter, as if on a line: within 0.32 %.
+const PIECE: usize = 2048;
+
+/// Units of an exponent in a power of two: [`PIECE`] over the logarithm of 5/4.
+const UNIT: f32 = 6361.669;
+
+/// Where on the line of the last piece powers are neither too great nor too small.
+const EXACT: f64 = 0.845;
+
+/// The exponent of 255.
+const MOST_EXPONENT: f32 = PIECE as f32 * (31.0 + EXACT as f32);
+
+/// 128 times the powers at the beginning of each piece.
+static PIECES: [u16; 32] = pieces();
+
+const fn pieces() -> [u16; 32] {
+    let (mut pieces, mut i, mut power) = ([0; 32], 32, 255.0 / (1.0 + EXACT / 4.0));
+    while i > 0 {
+        i -= 1;
+        pieces[i] = (128.0 * power + 0.5) as u16;
+        power *= 0.8;
+    }
+    pieces
+}
+
 impl Dot16 {
-    /// One vector of [`Dot::powers`], not yet rounded.
+    /// Replaces exponents by their powers, rounded.
     #[inline(always)]
-    fn power(self, x: __m512, factor: __m512) -> __m512 {
-        let s = self.0;
-        math::exp2_rough(s, s.fma(x, factor, s.splat(math::LOG2_255)))
+    fn raise(self, e: &mut [__m512i; 4]) {
+        tier!({
+            let pieces = _mm512_loadu_si512(PIECES.as_ptr().cast());
+            let (mask, one) = (_mm512_set1_epi16(0x1fff), _mm512_set1_epi16(0x8000u16 as i16));
+            let (mut begin, mut grown) = (*e, *e);
+            for i in 0..4 {
+                begin[i] = _mm512_permutexvar_epi16(_mm512_srli_epi16::<11>(e[i]), pieces);
+                // 2^15 and a quarter of that for a whole piece: e << 2 where the mask is, else the highest bit.
+                grown[i] = _mm512_ternarylogic_epi32::<0xca>(mask, _mm512_slli_epi16::<2>(e[i]), one);
+            }
+            for i in 0..4 {
+                e[i] = _mm512_mulhi_epu16(grown[i], begin[i]);
+            }
+            for e in e {
+                // 64 times the power, and back.
+                *e = _mm512_mulhrs_epi16(*e, _mm512_set1_epi16(512));
+            }
+        })
+    }
+
+    /// Words of a byte of a, b, c and d each, from quarters of four bytes of a, of b, of c and of d.
+    #[inline(always)]
+    fn order(self, bytes: __m512i) -> __m512i {
+        tier!({
+            let order = _mm512_set4_epi32(0x0f0b_0703, 0x0e0a_0602, 0x0d09_0501, 0x0c08_0400);
+            _mm512_shuffle_epi8(bytes, order)
+        })
     }
 }
