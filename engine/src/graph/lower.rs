@@ -45,15 +45,15 @@ pub struct Options {
 }
 
 impl Options {
-    /// Bands that stay in a core's second-level cache if their weights do too, steps of no more weights than the largest layer
-    /// of SD 1.5.
+    /// Bands that stay in the caches that cores share: what a short band saves in traffic it loses in every call's ends. Steps of
+    /// no more weights than the largest layer of SD 1.5.
     pub fn new(precision: Precision, isa: Isa, threads: usize) -> Self {
         Options {
             precision,
             isa,
             threads,
-            band_bytes: 1 << 20,
-            heavy_band_bytes: 10 << 20,
+            band_bytes: 4 << 20,
+            heavy_band_bytes: 40 << 20,
             step_weight_bytes: 32 << 20,
             narrow_stream: false,
             chain_bytes: 4 << 20,
@@ -61,9 +61,9 @@ impl Options {
         }
     }
 
-    /// The same with bands that are small whatever they read.
+    /// The same with bands that stay in a core's second-level cache, whatever they read.
     pub fn small_bands(self) -> Self {
-        Options { heavy_band_bytes: self.band_bytes, ..self }
+        Options { band_bytes: 1 << 20, heavy_band_bytes: 1 << 20, ..self }
     }
 }
 
@@ -498,8 +498,8 @@ fn cut_bands(b: &mut Bands, options: Options, weights: usize) {
         b.ops.iter().filter(|op| matches!(op, BandOp::Pass { filter, .. } if *filter != Filter::POINT));
     let (target, least) = match passes.count() > 1 || sums {
         true => (options.chain_bytes, options.chain_rows),
-        // Writing and reading what a band holds costs as much as reading as many weights.
-        false => ((2 * weights).min(options.heavy_band_bytes).max(options.band_bytes), 1),
+        // Reading weights again costs more than writing and reading what a band holds.
+        false => ((8 * weights).min(options.heavy_band_bytes).max(options.band_bytes), 1),
     };
     // Halving finds the size soon enough: bands need not be as large as can be.
     while b.rows > least && b.local_bytes() > target {
