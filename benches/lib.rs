@@ -43,7 +43,9 @@ impl Lines {
 /// `rows` as the left operand of a kernel of these types; u8 rows take a scale each from `scale`.
 pub fn operand<'a>(types: Types, rows: &'a [u8], scale: &'a [f32]) -> Operand<'a> {
     match types {
-        Types::U8S8 | Types::S16S16 => Operand::U8 { codes: &rows[..rows.len() / types.row_bytes()], scale },
+        Types::U8S8 | Types::S16S16 | Types::U8S4 => {
+            Operand::U8 { codes: &rows[..rows.len() / types.row_bytes()], scale }
+        }
         Types::Bf16 => Operand::Bf16(bytemuck::cast_slice(rows)),
         Types::F32 => Operand::F32(bytemuck::cast_slice(rows)),
     }
@@ -53,6 +55,7 @@ pub fn operand<'a>(types: Types, rows: &'a [u8], scale: &'a [f32]) -> Operand<'a
 pub fn encodings(types: Types) -> &'static [Encoding] {
     match types {
         Types::U8S8 | Types::S16S16 => &[Encoding::Q8, Encoding::Q4],
+        Types::U8S4 => &[Encoding::Q4],
         Types::Bf16 => &[Encoding::Bf16, Encoding::Q8],
         Types::F32 => &[Encoding::F32],
     }

@@ -118,6 +118,7 @@ fn gemm_figure(
 pub const fn plain(types: Types) -> Encoding {
     match types {
         Types::U8S8 | Types::S16S16 => Encoding::Q8,
+        Types::U8S4 => Encoding::Q4,
         Types::Bf16 => Encoding::Bf16,
         Types::F32 => Encoding::F32,
     }
@@ -159,7 +160,7 @@ impl Layer {
     fn operand(&self) -> Operand<'_> {
         let rows = self.rows.get();
         match self.types {
-            Types::U8S8 | Types::S16S16 => {
+            Types::U8S8 | Types::S16S16 | Types::U8S4 => {
                 let codes = &rows[..self.scale.len() * self.weight_shape.k_padded()];
                 if self.shape.filter == Filter::POINT {
                     Operand::U8 { codes, scale: &self.scale }
@@ -285,7 +286,7 @@ mod tests {
     fn the_pick_is_the_best() {
         let workers = Workers::new(1);
         for &isa in Isa::available() {
-            for types in [Types::U8S8, Types::Bf16, Types::F32] {
+            for types in [Types::U8S8, Types::U8S4, Types::Bf16, Types::F32] {
                 for shape in [[96, 320, 320], [77, 768, 768], [64, 640, 1280]] {
                     // A disturbance that goes by is no verdict.
                     let best = (0..20).any(|attempt| {

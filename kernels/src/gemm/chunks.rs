@@ -1,9 +1,8 @@
 //! How the inputs of a call are cut along `k`.
 #![forbid(unsafe_code)]
 
-use super::driver::SMALL_BLOCK_ROWS;
+use super::driver::{PAIR, SMALL_BLOCK_ROWS};
 use super::table::GemmKernel;
-use super::tile::TILE_COLUMNS;
 use crate::layout::TILE_K;
 use crate::par::SCRATCH_BYTES;
 
@@ -31,7 +30,7 @@ pub(super) fn chunks(
     widens: bool,
     by_tap: bool,
 ) -> Vec<Chunk> {
-    let mut most = (kernel.pair_bytes / (TILE_COLUMNS * kernel.types.weight_bytes())).max(TILE_K);
+    let mut most = (kernel.pair_bytes / (PAIR * kernel.types.tile_bytes()) * TILE_K).max(TILE_K);
     if widens {
         most = most.min(rows_bytes() / (SMALL_BLOCK_ROWS * kernel.types.row_bytes()));
     }

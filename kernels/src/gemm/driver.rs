@@ -92,7 +92,7 @@ pub(super) fn run(
     let Gemm { operand, input, filter, weight, epilogue, out } = call;
     let widens = !matches!(
         (operand, kernel.types),
-        (Operand::U8 { .. } | Operand::U8Uniform { .. }, Types::U8S8)
+        (Operand::U8 { .. } | Operand::U8Uniform { .. }, Types::U8S8 | Types::U8S4)
             | (Operand::Bf16(_), Types::Bf16)
             | (Operand::F32(_), Types::F32)
     );
@@ -101,7 +101,7 @@ pub(super) fn run(
         && match kernel.types {
             Types::F32 => true,
             Types::Bf16 => weight.encoding == Encoding::F16,
-            Types::U8S8 | Types::S16S16 => false,
+            Types::U8S8 | Types::S16S16 | Types::U8S4 => false,
         };
     let unpacks = folds
         || !matches!(
@@ -324,7 +324,7 @@ impl<'a> Plan<'a> {
             let len = (panels - 1) * stride + (chunk.taps - 1) * tap + tiles * encoding.tile_bytes();
             return Blocks { bytes: &bytes[start..start + len], stride, tap };
         }
-        let tap = chunk.len * TILE_N * self.kernel.types.weight_bytes();
+        let tap = tiles * self.kernel.types.tile_bytes();
         let stride = chunk.taps * tap;
         for (p, out) in out.chunks_exact_mut(stride).take(panels).enumerate() {
             let panel = self.weight.panel(pair * PAIR + p);

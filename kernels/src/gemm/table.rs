@@ -4,7 +4,7 @@
 use super::steps::Steps;
 use super::tile::{MAX_TAPS, TileFn};
 use crate::Isa;
-use crate::layout::Encoding;
+use crate::layout::{Encoding, Q4_GROUP, TILE_K, TILE_N};
 use crate::view::Operand;
 
 /// What the tile function of a kernel multiplies.
@@ -14,6 +14,9 @@ pub enum Types {
     U8S8,
     /// i16 rows by i16 blocks `[k/2][16][2]`, summed in i32: u8 rows and int8 weights, widened once per block of rows.
     S16S16,
+    /// u8 rows by the 4-bit codes of [`Encoding::Q4`] as int8, summed in i16 over a group and then, times the group's scale, in
+    /// i32. A block has the codes of a group, `[Q4_GROUP/4][16][4]`, and its scales as i16, each twice: `[16][2]`.
+    U8S4,
     /// bfloat16 rows by bfloat16 blocks `[k/2][16][2]`, summed in f32.
     Bf16,
     /// f32 rows by f32 blocks `[k][16]`, summed in f32.
@@ -24,15 +27,16 @@ impl Types {
     /// Bytes of a row's element.
     pub const fn row_bytes(self) -> usize {
         match self {
-            Types::U8S8 => 1,
+            Types::U8S8 | Types::U8S4 => 1,
             Types::S16S16 | Types::Bf16 => 2,
             Types::F32 => 4,
         }
     }
 
-    /// Bytes of a weight in a block.
-    pub const fn weight_bytes(self) -> usize {
-        self.row_bytes()
+    /// Bytes of the blocks of a tile of weights.
+    pub const fn tile_bytes(self) -> usize {
+        let weights = TILE_N * TILE_K * self.row_bytes();
+        if matches!(self, Types::U8S4) { weights + TILE_K / Q4_GROUP * 4 * TILE_N } else { weights }
     }
 
     /// [`GemmKernel::pair_bytes`] of the kernels that work by broadcasting. Bytes that are multiplied four at a time leave
@@ -40,6 +44,7 @@ impl Types {
     pub(crate) const fn broadcast_pair_bytes(self) -> usize {
         match self {
             Types::U8S8 => 128 * 1024,
+            Types::U8S4 => 32 * 1024,
             Types::S16S16 | Types::Bf16 | Types::F32 => 16 * 1024,
         }
     }
@@ -48,14 +53,14 @@ impl Types {
     /// have room beside each other.
     pub(crate) const fn broadcast_taps(self) -> usize {
         match self {
-            Types::U8S8 => MAX_TAPS,
+            Types::U8S8 | Types::U8S4 => MAX_TAPS,
             Types::S16S16 | Types::Bf16 | Types::F32 => 1,
         }
     }
 
     /// Whether sums are i32.
     pub const fn is_integer(self) -> bool {
-        matches!(self, Types::U8S8 | Types::S16S16)
+        matches!(self, Types::U8S8 | Types::S16S16 | Types::U8S4)
     }
 }
 
@@ -113,7 +118,9 @@ impl GemmKernel {
     pub fn suits(&self, operand: &Operand<'_>, encoding: Encoding) -> bool {
         match operand {
             Operand::U8 { .. } | Operand::U8Uniform { .. } => {
-                self.types.is_integer() && encoding.is_integer()
+                self.types.is_integer()
+                    && encoding.is_integer()
+                    && (self.types != Types::U8S4 || encoding == Encoding::Q4)
             }
             Operand::Bf16(_) if self.types == Types::Bf16 => encoding != Encoding::F32,
             Operand::Bf16(_) | Operand::F32(_) => self.types == Types::F32,
@@ -136,6 +143,7 @@ mod tests {
             let types = match kernel.types {
                 Types::U8S8 => "u8s8",
                 Types::S16S16 => "s16s16",
+                Types::U8S4 => "u8s4",
                 Types::Bf16 => "bf16",
                 Types::F32 => "f32",
             };

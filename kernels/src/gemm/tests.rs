@@ -8,7 +8,7 @@ mod past;
 use super::*;
 use crate::Isa;
 use crate::bf16;
-use crate::layout::WeightShape;
+use crate::layout::{Q4_GROUP, TILE_N, WeightShape};
 use crate::quantize;
 use crate::reference::gemm as reference;
 use crate::view::{Border, Coding};
@@ -312,7 +312,7 @@ fn integer_sums_are_exact() {
         let mut bytes = vec![0; shape.bytes(Encoding::Q8)];
         quantize::encode(Encoding::Q8, shape, &src, &mut bytes);
         let weight = Weight::new(Encoding::Q8, shape, &bytes);
-        for kernel in kernels_here().filter(|kernel| kernel.types.is_integer()) {
+        for kernel in kernels_here().filter(|kernel| kernel.suits(&left.view(), Encoding::Q8)) {
             let mut out = vec![f32::NAN; m * n];
             let call = Gemm {
                 operand: left.view(),
@@ -328,6 +328,48 @@ fn integer_sums_are_exact() {
                 let weights = &src[i % n * k..][..k];
                 let sum: i64 =
                     codes.iter().zip(weights).map(|(&c, &w)| (i64::from(c) - 128) * w as i64).sum();
+                assert_eq!(y, sum as f32, "{} {m}x{n}x{k} [{i}]", kernel.name);
+            }
+        }
+    }
+}
+
+/// 4-bit codes of the greatest magnitude, all of one sign, by the greatest activations: the largest sums of a group.
+#[test]
+fn sums_of_groups_are_exact() {
+    let (m, k) = (13, 10240);
+    for n in [1, 16, 33] {
+        let shape = WeightShape::linear(n, k);
+        let input = ImageShape::rows(m);
+        let mut left = Left::new(&mut Random::new(3), Rank::U8, &input, k, shape.k_padded());
+        left.scale.fill(1.0);
+        left.codes.fill(255);
+        // Codes are 0, which is -8; outputs take turns between the widest group scales of both signs.
+        let group = |n: usize| if n.is_multiple_of(2) { 15i8 } else { -15 };
+        let mut bytes = vec![0; shape.bytes(Encoding::Q4)];
+        for panel in bytes.chunks_exact_mut(shape.panel_bytes(Encoding::Q4)) {
+            for n in 0..TILE_N {
+                panel[4 * n..][..4].copy_from_slice(&1.0f32.to_le_bytes());
+                let sum = -8 * k as i32 * i32::from(group(n));
+                panel[4 * (TILE_N + n)..][..4].copy_from_slice(&sum.to_le_bytes());
+                let groups = &mut panel[4 * 2 * TILE_N..][..k / Q4_GROUP * TILE_N];
+                groups.iter_mut().skip(n).step_by(TILE_N).for_each(|g| *g = group(n) as u8);
+            }
+        }
+        let weight = Weight::new(Encoding::Q4, shape, &bytes);
+        for kernel in kernels_here().filter(|kernel| kernel.suits(&left.view(), Encoding::Q4)) {
+            let mut out = vec![f32::NAN; m * n];
+            let call = Gemm {
+                operand: left.view(),
+                input,
+                filter: Filter::POINT,
+                weight,
+                epilogue: Epilogue::default(),
+                out: RowsMut::F32(&mut out),
+            };
+            gemm_with(&Workers::new(1), kernel, call);
+            for (i, &y) in out.iter().enumerate() {
+                let sum = (255 - 128) * -8 * k as i32 * i32::from(group(i % n % TILE_N));
                 assert_eq!(y, sum as f32, "{} {m}x{n}x{k} [{i}]", kernel.name);
             }
         }

@@ -1,7 +1,10 @@
 //! The one body of all tiles that work by broadcasting: each step loads `V` vectors of weights and meets them with an
 //! element group of each of `R` rows. An instruction set says how in its [`Lanes`].
 
+mod grouped;
+
 use crate::arch::{claim, prefetch};
+pub(crate) use grouped::{Grouped, grouped_tile};
 
 /// Columns of an accumulator tile in memory, also where a kernel computes 16 of them.
 pub(crate) const TILE_COLUMNS: usize = 32;
@@ -139,6 +142,25 @@ struct Position {
 }
 
 impl Position {
+    #[inline(always)]
+    fn new(t: &TileArgs) -> Position {
+        // Behind black boxes, or each multiple would be computed again from the one before.
+        let stride = [1, 3, 5].map(|n| std::hint::black_box(n * t.a_stride));
+        Position { a: [t.a; ROW_GROUPS], stride, b: t.b, b_stride: t.b_stride, next: t.next }
+    }
+
+    /// Goes to the first inputs of a tap.
+    ///
+    /// # Safety
+    /// `tap` is one of the caller's.
+    #[inline(always)]
+    unsafe fn start(&mut self, t: &TileArgs, tap: usize) {
+        // SAFETY: there are as many offsets as taps.
+        let a = t.a.wrapping_add(unsafe { *t.tap_at.add(tap) });
+        self.a = std::array::from_fn(|g| a.wrapping_add(g * ROW_GROUP * t.a_stride));
+        self.b = t.b.wrapping_add(tap * t.b_tap);
+    }
+
     /// Asks for weights that come next, for the panels of `columns` columns.
     #[inline(always)]
     fn fetch(&mut self, columns: usize) {
@@ -200,14 +222,10 @@ pub(crate) unsafe fn broadcast_tile<L: Lanes, const R: usize, const V: usize>(t:
             }
         }
         const { assert!(R <= ROW_GROUP * ROW_GROUPS) };
-        // Behind black boxes, or each multiple would be computed again from the one before.
-        let stride = [1, 3, 5].map(|n| std::hint::black_box(n * t.a_stride));
-        let mut at = Position { a: [t.a; ROW_GROUPS], stride, b: t.b, b_stride: t.b_stride, next: t.next };
+        let mut at = Position::new(t);
         let steps = t.k / L::K;
         for tap in 0..t.taps {
-            let a = t.a.wrapping_add(*t.tap_at.add(tap));
-            at.a = std::array::from_fn(|g| a.wrapping_add(g * ROW_GROUP * t.a_stride));
-            at.b = t.b.wrapping_add(tap * t.b_tap);
+            at.start(t, tap);
             for _ in 0..steps / UNROLLED {
                 at.multiply::<L, R, V, UNROLLED>(&mut acc);
                 at.fetch(V * L::COLUMNS);
@@ -257,15 +275,23 @@ pub(crate) unsafe fn broadcast_peak<L: Lanes>(rounds: usize) {
     }
 }
 
-/// A tile function and its row of the table, from the [`broadcast_tile`] of `$lanes`: one instance for each number of rows
-/// and each number of panels, `$v` vectors.
+/// A tile function and its row of the table, from the [`broadcast_tile`] of `$lanes`, or another function that is named: one
+/// instance for each number of rows and each number of panels, `$v` vectors.
 macro_rules! broadcast_kernel {
     ($(#[$attribute:meta])* $static_name:ident = $name:ident: $lanes:ty, $isa:ident, $types:ident,
      $mr:literal x $nr:literal, rows $rows:tt, panels [$($panels:literal: $v:literal),+], $steps:expr) => {
+        $crate::gemm::tile::broadcast_kernel!(
+            $(#[$attribute])* $static_name = $name: $lanes, $isa, $types, $mr x $nr, rows $rows, panels [$($panels: $v),+], $steps,
+            broadcast_tile, <$lanes as $crate::gemm::tile::Lanes>::K
+        );
+    };
+    ($(#[$attribute:meta])* $static_name:ident = $name:ident: $lanes:ty, $isa:ident, $types:ident,
+     $mr:literal x $nr:literal, rows $rows:tt, panels [$($panels:literal: $v:literal),+], $steps:expr,
+     $tile:ident, $kr:expr) => {
         $(#[$attribute])*
         unsafe fn $name(t: &$crate::gemm::tile::TileArgs) {
             match t.panels {
-                $($panels => $crate::gemm::tile::broadcast_kernel!(@rows t, $lanes, $v, $rows),)+
+                $($panels => $crate::gemm::tile::broadcast_kernel!(@rows t, $tile, $lanes, $v, $rows),)+
                 panels => unreachable!("{panels} panels for {}", stringify!($name)),
             }
         }
@@ -276,7 +302,7 @@ macro_rules! broadcast_kernel {
             types: $crate::gemm::table::Types::$types,
             mr: $mr,
             nr: $nr,
-            kr: <$lanes as $crate::gemm::tile::Lanes>::K,
+            kr: $kr,
             pair_bytes: $crate::gemm::table::Types::$types.broadcast_pair_bytes(),
             block_bytes: $crate::gemm::table::BLOCK_BYTES,
             tile: $name,
@@ -295,10 +321,10 @@ macro_rules! broadcast_kernel {
             leave: || (),
         };
     };
-    (@rows $t:ident, $lanes:ty, $v:literal, [$($r:literal)+]) => {
+    (@rows $t:ident, $tile:ident, $lanes:ty, $v:literal, [$($r:literal)+]) => {
         match $t.rows {
             // SAFETY: the caller vouches for what the arguments describe; the matches pick the instance of their shape.
-            $($r => unsafe { $crate::gemm::tile::broadcast_tile::<$lanes, $r, $v>($t) },)+
+            $($r => unsafe { $crate::gemm::tile::$tile::<$lanes, $r, $v>($t) },)+
             rows => unreachable!("{rows} rows"),
         }
     };

@@ -47,7 +47,7 @@ pub(crate) struct Unpack<'a> {
 
 #[inline(always)]
 pub(crate) fn unpack<S: Simd>(s: S, args: &Unpack<'_>, out: &mut [u8]) {
-    let out_bytes = TILE_N * TILE_K * args.types.weight_bytes();
+    let out_bytes = args.types.tile_bytes();
     for (i, out) in out.chunks_exact_mut(out_bytes).take(args.tiles).enumerate() {
         match (args.types, args.encoding, args.firsts) {
             (Types::Bf16, Encoding::F16, _) => round_f16(s, args, i, out),
@@ -75,6 +75,7 @@ fn unpack_tile<S: Simd>(s: S, args: &Unpack<'_>, tile: usize, types: Types, out:
     match (args.encoding, types) {
         (Encoding::Q8, Types::U8S8) => out.copy_from_slice(codes),
         (Encoding::Q4, Types::U8S8) => unpack_q4(codes, args.panel.groups(tile), out),
+        (Encoding::Q4, Types::U8S4) => spread_q4(codes, args.panel.groups(tile), out),
         (Encoding::Q8, types) => spread_q8(codes, types, out),
         (Encoding::Q4, types) => {
             let mut wide = [0; TILE_N * TILE_K];
@@ -167,6 +168,24 @@ fn unpack_q4(codes: &[u8], groups: &[u8], out: &mut [u8]) {
     }
 }
 
+/// A `Q4` tile as blocks of [`Types::U8S4`].
+#[inline(always)]
+fn spread_q4(codes: &[u8], groups: &[u8], out: &mut [u8]) {
+    const BLOCK: usize = 4 * TILE_N;
+    let codes = codes.as_chunks::<BLOCK>().0.chunks_exact(Q4_GROUP / 8);
+    let out = out.as_chunks_mut::<BLOCK>().0.chunks_exact_mut(Q4_GROUP / 4 + 1);
+    for ((codes, group), out) in codes.zip(groups.as_chunks::<TILE_N>().0).zip(out) {
+        let (out, scale) = out.split_at_mut(Q4_GROUP / 4);
+        for (codes, [low, high]) in codes.iter().zip(out.as_chunks_mut::<2>().0) {
+            let codes = opaque(codes);
+            *low = lanes(|i| (codes[i] & 0xF).wrapping_sub(8));
+            *high = lanes(|i| (codes[i] >> 4).wrapping_sub(8));
+        }
+        let group: [u16; TILE_N] = lanes(|n| (group[n] as i8 as u16).to_le());
+        scale[0] = bytemuck::cast(group.map(|scale| [scale; 2]));
+    }
+}
+
 /// An int8 tile `[k/4][16][4]` as i16 or bf16 `[k/2][16][2]`, or as f32 `[k][16]`.
 #[inline(always)]
 fn spread_q8(codes: &[u8], types: Types, out: &mut [u8]) {
@@ -183,7 +202,7 @@ fn spread_q8(codes: &[u8], types: Types, out: &mut [u8]) {
         lanes(|n| low[n] & 0xFFFF | high[n] << 16)
     }
     match types {
-        Types::U8S8 => unreachable!("int8 weights are read where they lie"),
+        Types::U8S8 | Types::U8S4 => unreachable!("int8 weights are read where they lie"),
         Types::S16S16 => {
             for (codes, [low, high]) in codes.iter().zip(out.as_chunks_mut::<2>().0) {
                 let words = words(opaque(codes));

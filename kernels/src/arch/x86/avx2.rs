@@ -7,7 +7,8 @@ use std::arch::x86_64::*;
 
 use super::moves;
 use crate::gemm::steps::steps;
-use crate::gemm::tile::{Lanes, broadcast_kernel};
+use crate::gemm::tile::{Grouped, Lanes, broadcast_kernel};
+use crate::layout::Q4_GROUP;
 
 steps!(
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -40,6 +41,42 @@ impl Lanes for S16S16 {
     }
 }
 
+/// 2 i16 sums for each of 8 columns, of u8 by 4-bit codes: a product of either sign is at most 8 * 255, and a group makes 16
+/// of them in a sum.
+struct U8S4;
+
+impl Lanes for U8S4 {
+    type Acc = __m256i;
+    type B = __m256i;
+    type A = __m256i;
+    const COLUMNS: usize = 8;
+    const K: usize = 4;
+    const A_BYTES: usize = 4;
+    moves!(__m256i, _mm256_setzero_si256, _mm256_loadu_si256, _mm256_storeu_si256);
+
+    #[inline(always)]
+    unsafe fn splat_a(a: *const u8) -> __m256i {
+        // SAFETY: the caller has AVX2 and vouches for the 4 bytes.
+        unsafe { _mm256_set1_epi32(a.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn multiply(acc: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: the caller has AVX2.
+        unsafe { _mm256_add_epi16(acc, _mm256_maddubs_epi16(a, b)) }
+    }
+}
+
+impl Grouped for U8S4 {
+    #[inline(always)]
+    unsafe fn fold(c: *mut u8, acc: __m256i, scale: *const u8) {
+        // SAFETY: the caller has AVX2 and vouches for a vector's bytes of both.
+        unsafe {
+            let sum = _mm256_madd_epi16(acc, Self::load_b(scale));
+            Self::store_acc(c, _mm256_add_epi32(Self::load_acc(c), sum));
+        }
+    }
+}
+
 /// 8 f32 sums.
 struct F32;
 
@@ -67,6 +104,11 @@ impl Lanes for F32 {
 broadcast_kernel!(
     #[target_feature(enable = "avx2,fma")]
     GEMM_S16S16 = gemm_s16s16_6x16_avx2: S16S16, Avx2, S16S16, 6 x 16, rows [1 2 3 4 5 6], panels [1: 2], &STEPS
+);
+broadcast_kernel!(
+    #[target_feature(enable = "avx2,fma")]
+    GEMM_U8S4 = gemm_u8s4_6x16_avx2: U8S4, Avx2, U8S4, 6 x 16, rows [1 2 3 4 5 6], panels [1: 2], &STEPS,
+    grouped_tile, Q4_GROUP
 );
 broadcast_kernel!(
     #[target_feature(enable = "avx2,fma")]

@@ -4,7 +4,8 @@ use std::arch::x86_64::*;
 
 use super::moves;
 use crate::gemm::steps::steps;
-use crate::gemm::tile::{Lanes, broadcast_kernel};
+use crate::gemm::tile::{Grouped, Lanes, broadcast_kernel};
+use crate::layout::Q4_GROUP;
 
 steps!(
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
@@ -37,6 +38,42 @@ impl Lanes for S16S16 {
     }
 }
 
+/// 2 i16 sums for each of 16 columns, of u8 by 4-bit codes: a product of either sign is at most 8 * 255, and a group makes 16
+/// of them in a sum.
+struct U8S4;
+
+impl Lanes for U8S4 {
+    type Acc = __m512i;
+    type B = __m512i;
+    type A = __m512i;
+    const COLUMNS: usize = 16;
+    const K: usize = 4;
+    const A_BYTES: usize = 4;
+    moves!(__m512i, _mm512_setzero_si512, _mm512_loadu_si512, _mm512_storeu_si512);
+
+    #[inline(always)]
+    unsafe fn splat_a(a: *const u8) -> __m512i {
+        // SAFETY: the caller has AVX-512 and vouches for the 4 bytes.
+        unsafe { _mm512_set1_epi32(a.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn multiply(acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: the caller has AVX-512.
+        unsafe { _mm512_add_epi16(acc, _mm512_maddubs_epi16(a, b)) }
+    }
+}
+
+impl Grouped for U8S4 {
+    #[inline(always)]
+    unsafe fn fold(c: *mut u8, acc: __m512i, scale: *const u8) {
+        // SAFETY: the caller has AVX-512 and vouches for a vector's bytes of both.
+        unsafe {
+            let sum = _mm512_madd_epi16(acc, Self::load_b(scale));
+            Self::store_acc(c, _mm512_add_epi32(Self::load_acc(c), sum));
+        }
+    }
+}
+
 /// 16 f32 sums.
 struct F32;
 
@@ -65,6 +102,11 @@ broadcast_kernel!(
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
     GEMM_S16S16 = gemm_s16s16_12x32_avx512: S16S16, Avx512, S16S16, 12 x 32, rows [1 2 3 4 5 6 7 8 9 10 11 12],
     panels [1: 1, 2: 2], &STEPS
+);
+broadcast_kernel!(
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    GEMM_U8S4 = gemm_u8s4_12x32_avx512: U8S4, Avx512, U8S4, 12 x 32, rows [1 2 3 4 5 6 7 8 9 10 11 12],
+    panels [1: 1, 2: 2], &STEPS, grouped_tile, Q4_GROUP
 );
 broadcast_kernel!(
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
