@@ -1,7 +1,7 @@
 //! How the inputs of a call are cut along `k`.
 #![forbid(unsafe_code)]
 
-use super::driver::{PAIR, SMALL_BLOCK_ROWS};
+use super::driver::PAIR;
 use super::table::GemmKernel;
 use crate::layout::TILE_K;
 use crate::par::SCRATCH_BYTES;
@@ -22,17 +22,20 @@ pub(super) struct Chunk {
     pub(super) last: bool,
 }
 
-/// Cuts the inputs so that a pair's weights stay where the kernel wants them, and widened rows fit their buffer.
+/// Cuts the inputs so that a pair's weights stay where the kernel wants them, and as many widened rows fit their buffer as a block
+/// has, none if rows aren't widened. Sums are of a tap if `by_tap`, of each chunk alone if `alone`.
 pub(super) fn chunks(
     all_taps: usize,
     padded: usize,
     kernel: &GemmKernel,
-    widens: bool,
+    widened_rows: usize,
     by_tap: bool,
+    alone: bool,
 ) -> Vec<Chunk> {
     let mut most = (kernel.pair_bytes / (PAIR * kernel.types.tile_bytes()) * TILE_K).max(TILE_K);
+    let widens = widened_rows > 0;
     if widens {
-        most = most.min(rows_bytes() / (SMALL_BLOCK_ROWS * kernel.types.row_bytes()));
+        most = most.min(rows_bytes() / (widened_rows * kernel.types.row_bytes()));
     }
     // All taps of a filter at once where they fit, or a line of it: rows of pixels side by side are met again while they are
     // in the nearest cache.
@@ -51,7 +54,7 @@ pub(super) fn chunks(
     let mut chunks = vec![];
     for tap in (0..all_taps).step_by(taps) {
         for k in (0..padded.max(1)).step_by(len.max(1)) {
-            let first = by_tap && k == 0;
+            let first = alone || by_tap && k == 0;
             chunks.push(Chunk { tap, taps, k, len: len.min(padded - k), first, last: false });
         }
     }

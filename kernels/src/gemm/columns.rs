@@ -38,7 +38,7 @@ impl Columns {
                 columns.scale[p * TILE_N..][..TILE_N].copy_from_slice(&scale);
             }
         }
-        if plan.kernel.types.is_integer() {
+        if plan.kernel.types.is_integer() && !plan.rounds {
             columns.offset = match chunk {
                 Some(chunk) if plan.by_tap => columns.offset(plan, chunk.tap..chunk.tap + 1),
                 _ => columns.offset(plan, 0..shape.taps),

@@ -8,6 +8,7 @@ use std::ops::Range;
 use super::chunks::{Chunk, chunks, rows_bytes};
 use super::columns::Columns;
 use super::geometry::{FOLDED_TAPS, Geometry, RowTile, folded};
+use super::shorts::row_most;
 use super::steps::{Out, Unpack, Widen};
 use super::strip::{Ahead, Blocks, Half, Strip};
 use super::table::{GemmKernel, Types};
@@ -25,6 +26,8 @@ pub(super) const PAIR: usize = TILE_COLUMNS / TILE_N;
 const BLOCK_ROWS: usize = 512;
 /// The same where weights are unpacked, which is done again for each block, if so many rows stay where the kernel wants them.
 const UNPACKED_BLOCK_ROWS: usize = 1024;
+/// Most rows of a block that is rounded: rounding weights costs more than widening them, and rows have half the bytes.
+const ROUNDED_BLOCK_ROWS: usize = 256;
 /// Most rows of a block that is widened, or whose sums over taps had better stay in L1.
 pub(super) const SMALL_BLOCK_ROWS: usize = 128;
 /// How many times larger a block is whose weights are unpacked: that is done again for each, which costs more than to fetch rows
@@ -56,6 +59,8 @@ pub(crate) struct Plan<'a> {
     folds: bool,
     /// Taps are added up in f32, as each meets pixels of other scales.
     pub(super) by_tap: bool,
+    /// Rows and float weights are rounded to i16 chunk by chunk, which are added up in f32.
+    pub(super) rounds: bool,
     /// Accumulators wait in memory between chunks.
     pub(super) keeps: bool,
     /// Tiles of different images are finished differently.
@@ -74,6 +79,8 @@ pub(crate) struct Plan<'a> {
 struct Buffers<'s> {
     /// `[block_rows][chunk]` of the kernel's row elements, where rows are widened.
     rows: &'s mut [u8],
+    /// Scales of the rows, where they are rounded.
+    row_scale: &'s mut [f32],
     /// `[PAIR][chunk][16]` of the kernel's weights, where they are unpacked.
     weights: &'s mut [u8],
     /// `[together][block_rows]`, or a tile.
@@ -96,12 +103,14 @@ pub(super) fn run(
             | (Operand::Bf16(_), Types::Bf16)
             | (Operand::F32(_), Types::F32)
     );
+    let rounds = matches!((operand, kernel.types), (Operand::Bf16(_), Types::S16S16));
     // Where the kernel has room for sums of weights, or rounds weights anyway.
     let folds = filter.upsample
         && match kernel.types {
             Types::F32 => true,
             Types::Bf16 => weight.encoding == Encoding::F16,
-            Types::U8S8 | Types::S16S16 | Types::U8S4 => false,
+            Types::S16S16 => rounds,
+            Types::U8S8 | Types::U8S4 => false,
         };
     let unpacks = folds
         || !matches!(
@@ -110,7 +119,12 @@ pub(super) fn run(
         );
     let taps = if folds { FOLDED_TAPS } else { weight.shape.taps };
     let by_tap = matches!(operand, Operand::U8 { .. }) && taps > 1;
-    let chunks = chunks(taps, weight.shape.k_padded(), kernel, widens, by_tap);
+    let widened_rows = match (widens, rounds) {
+        (false, _) => 0,
+        (true, false) => SMALL_BLOCK_ROWS,
+        (true, true) => ROUNDED_BLOCK_ROWS,
+    };
+    let chunks = chunks(taps, weight.shape.k_padded(), kernel, widened_rows, by_tap, rounds);
     let keeps = !chunks.iter().all(|chunk| chunk.first && chunk.last);
     let by_image = matches!(operand, Operand::U8Uniform { .. }) || epilogue.image_bias.is_some();
     let row_bytes = (weight.shape.k_padded() * kernel.types.row_bytes()).max(1);
@@ -123,10 +137,14 @@ pub(super) fn run(
         && out_at.is_multiple_of(ALIGN)
         && !epilogue.accumulate
         && epilogue.residual.is_none()
-        && columns.is_multiple_of(TILE_COLUMNS);
+        && columns.is_multiple_of(TILE_COLUMNS)
+        // Sums of chunks leave half rows no room to wait.
+        && !(rounds && epilogue.activation == Activation::Geglu);
     let halves = past && !by_tap && epilogue.activation == Activation::Geglu;
     let fits = kernel.block_bytes / row_bytes;
-    let block_rows = if widens || by_tap && weight.bytes.len() <= RESIDENT_WEIGHT {
+    let block_rows = if rounds {
+        ROUNDED_BLOCK_ROWS
+    } else if widens || by_tap && weight.bytes.len() <= RESIDENT_WEIGHT {
         SMALL_BLOCK_ROWS
     } else if unpacks && !halves {
         (UNPACKED_BLOCKS * fits).min(BLOCK_ROWS).max(fits.min(UNPACKED_BLOCK_ROWS)).max(kernel.mr)
@@ -150,6 +168,7 @@ pub(super) fn run(
         unpacks,
         folds,
         by_tap,
+        rounds,
         keeps,
         by_image,
         past,
@@ -191,14 +210,16 @@ pub(super) fn run(
 impl<'a> Plan<'a> {
     fn cut<'s>(&self, scratch: &'s mut [u8]) -> Buffers<'s> {
         let (rows, scratch) = scratch.split_at_mut(if self.widens { rows_bytes() } else { 0 });
+        let (row_scale, scratch) = scratch.split_at_mut(if self.rounds { 4 * self.block_rows } else { 0 });
         let (weights, scratch) = scratch.split_at_mut(if self.unpacks { self.kernel.pair_bytes } else { 0 });
         let kept = self.together * self.block_rows;
         let products = if self.keeps { kept } else { self.kernel.mr };
-        let sums = if self.by_tap || self.halves { kept } else { 0 };
+        let sums = if self.by_tap || self.rounds || self.halves { kept } else { 0 };
         let (products, scratch) = scratch.split_at_mut(products * TILE_COLUMNS * 4);
         let sums = &mut scratch[..sums * TILE_COLUMNS * 4];
         Buffers {
             rows,
+            row_scale: bytemuck::cast_slice_mut(row_scale),
             weights,
             products: bytemuck::cast_slice_mut(products),
             sums: bytemuck::cast_slice_mut(sums),
@@ -210,20 +231,23 @@ impl<'a> Plan<'a> {
         let tiles = &self.geometry.tiles[tiles];
         for (c, chunk) in self.chunks.iter().enumerate() {
             if self.widens && chunk.len > 0 {
-                self.widen(buffers.rows, tiles, chunk);
+                self.widen(buffers, tiles, chunk);
+            } else {
+                buffers.row_scale.fill(0.0);
             }
             for (i, pair) in pairs.clone().enumerate() {
                 let kept = i * self.block_rows;
                 let columns = Columns::new(self, pair, Some(chunk));
-                let (sums, held) =
-                    buffers.sums.split_at_mut(if self.by_tap { buffers.sums.len() } else { 0 });
+                let adds = self.by_tap || self.rounds;
+                let (sums, held) = buffers.sums.split_at_mut(if adds { buffers.sums.len() } else { 0 });
                 let mut strip = Strip {
                     chunk,
                     blocks: self.weights(buffers.weights, pair, columns.panels, chunk, tiles[0].phase),
                     tiles,
                     rows: if self.widens { buffers.rows } else { self.rows() },
+                    row_scale: buffers.row_scale,
                     products: &mut buffers.products[if self.keeps { kept } else { 0 }..],
-                    sums: if self.by_tap { &mut sums[kept..] } else { sums },
+                    sums: if adds { &mut sums[kept..] } else { sums },
                     held,
                     ahead: self.ahead(c, pair, &pairs, tiles),
                     finishes: c + 1 == self.chunks.len(),
@@ -277,9 +301,11 @@ impl<'a> Plan<'a> {
     }
 
     /// Writes the rows that `tiles` meet in `chunk` as the kernel reads them: `[rows][chunk.len]`.
-    fn widen(&self, out: &mut [u8], tiles: &[RowTile], chunk: &Chunk) {
+    fn widen(&self, buffers: &mut Buffers<'_>, tiles: &[RowTile], chunk: &Chunk) {
         let stride = self.weight.shape.k_padded();
-        let mut out = out.chunks_exact_mut(chunk.len * self.kernel.types.row_bytes());
+        let mut out = buffers.rows.chunks_exact_mut(chunk.len * self.kernel.types.row_bytes());
+        let mut scales = buffers.row_scale.iter_mut();
+        let most = row_most(self.weight.encoding, chunk.len, self.folds);
         for tile in tiles {
             for r in 0..tile.rows {
                 let offset = self.geometry.offset(tile.phase, chunk.tap);
@@ -287,12 +313,16 @@ impl<'a> Plan<'a> {
                 let piece = row * stride + chunk.k..row * stride + chunk.k + chunk.len;
                 let widen = match self.operand {
                     Operand::U8 { codes, .. } | Operand::U8Uniform { codes, .. } => Widen::U8(&codes[piece]),
+                    Operand::Bf16(rows) if self.rounds => Widen::Rounded(&rows[piece], most),
                     Operand::Bf16(rows) => Widen::Bf16(&rows[piece]),
                     Operand::F32(_) => unreachable!("f32 rows are read where they lie"),
                 };
-                let out = out.next().expect("a block has at most SMALL_BLOCK_ROWS rows");
+                let out = out.next().expect("a block has at most as many rows");
                 // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
-                unsafe { (self.kernel.steps.widen)(&widen, out) };
+                let scale = unsafe { (self.kernel.steps.widen)(&widen, out) };
+                if let Some(of_row) = scales.next() {
+                    *of_row = scale;
+                }
             }
         }
     }
@@ -311,7 +341,7 @@ impl<'a> Plan<'a> {
     {
         let Weight { encoding, shape, bytes } = self.weight;
         if chunk.len == 0 {
-            return Blocks { bytes: &[], stride: 0, tap: 0 };
+            return Blocks { bytes: &[], stride: 0, tap: 0, scale: [1.0; _] };
         }
         let padded = shape.k_padded();
         let first = |tap: usize| (tap * padded + chunk.k) / TILE_K;
@@ -322,10 +352,11 @@ impl<'a> Plan<'a> {
             let header = pair * PAIR * stride + encoding.header_bytes(shape);
             let start = header + first(chunk.tap) * encoding.tile_bytes();
             let len = (panels - 1) * stride + (chunk.taps - 1) * tap + tiles * encoding.tile_bytes();
-            return Blocks { bytes: &bytes[start..start + len], stride, tap };
+            return Blocks { bytes: &bytes[start..start + len], stride, tap, scale: [1.0; _] };
         }
         let tap = tiles * self.kernel.types.tile_bytes();
         let stride = chunk.taps * tap;
+        let mut scale = [1.0; TILE_COLUMNS];
         for (p, out) in out.chunks_exact_mut(stride).take(panels).enumerate() {
             let panel = self.weight.panel(pair * PAIR + p);
             for (i, out) in out.chunks_exact_mut(tap).enumerate() {
@@ -343,9 +374,10 @@ impl<'a> Plan<'a> {
                 let firsts = &firsts[..summed];
                 let unpack = Unpack { panel, encoding, types: self.kernel.types, firsts, tiles };
                 // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
-                unsafe { (self.kernel.steps.unpack)(&unpack, out) };
+                let of_panel = unsafe { (self.kernel.steps.unpack)(&unpack, out) };
+                scale[p * TILE_N..][..TILE_N].copy_from_slice(&of_panel);
             }
         }
-        Blocks { bytes: &out[..panels * stride], stride, tap }
+        Blocks { bytes: &out[..panels * stride], stride, tap, scale }
     }
 }

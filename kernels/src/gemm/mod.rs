@@ -5,6 +5,7 @@ mod chunks;
 mod columns;
 mod driver;
 mod geometry;
+mod shorts;
 pub(crate) mod steps;
 pub(crate) mod strip;
 pub(crate) mod table;

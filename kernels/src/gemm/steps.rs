@@ -15,8 +15,8 @@ use crate::view::Rows;
 /// The tier's versions of the functions below. Each is unsafe to call where the machine lacks the tier.
 #[derive(Debug)]
 pub(crate) struct Steps {
-    pub(crate) widen: unsafe fn(&Widen<'_>, &mut [u8]),
-    pub(crate) unpack: unsafe fn(&Unpack<'_>, &mut [u8]),
+    pub(crate) widen: unsafe fn(&Widen<'_>, &mut [u8]) -> f32,
+    pub(crate) unpack: unsafe fn(&Unpack<'_>, &mut [u8]) -> [f32; TILE_N],
     pub(crate) strip: unsafe fn(&Plan<'_>, &mut Strip<'_>),
 }
 
@@ -27,11 +27,11 @@ macro_rules! steps {
         pub(crate) static $static_name: $crate::gemm::steps::Steps = {
             use $crate::gemm::steps::*;
             $(#[$attribute])*
-            fn widen_rows(args: &Widen<'_>, out: &mut [u8]) {
+            fn widen_rows(args: &Widen<'_>, out: &mut [u8]) -> f32 {
                 widen($token, args, out)
             }
             $(#[$attribute])*
-            fn unpack_tiles(args: &Unpack<'_>, out: &mut [u8]) {
+            fn unpack_tiles(args: &Unpack<'_>, out: &mut [u8]) -> [f32; $crate::layout::TILE_N] {
                 unpack($token, args, out)
             }
             $(#[$attribute])*
@@ -68,6 +68,34 @@ pub(crate) fn add_tap<S: Simd>(s: S, args: &AddTap<'_>, sum: &mut [[f32; TILE_CO
             let x = s.mul(s.difference(&products[n..], &args.offset[n..]), scale);
             let x = if args.first { x } else { s.add(s.load(&sum[n..]), x) };
             s.store(x, &mut sum[n..]);
+        }
+    }
+}
+
+/// A tile's sums over a chunk of rounded inputs.
+#[derive(Debug)]
+pub(crate) struct AddChunk<'a> {
+    /// `[rows]`.
+    pub(crate) products: &'a [[i32; TILE_COLUMNS]],
+    /// Scales of the rows.
+    pub(crate) row: &'a [f32],
+    /// Scales of the columns.
+    pub(crate) column: &'a [f32; TILE_COLUMNS],
+    /// Replaces the sums.
+    pub(crate) first: bool,
+}
+
+/// `sum[r][n] += products[r][n] * column[n] * row[r]`.
+#[inline(always)]
+pub(crate) fn add_chunk<S: Simd>(s: S, args: &AddChunk<'_>, sum: &mut [[f32; TILE_COLUMNS]]) {
+    let (zeros, column) = ([0; TILE_COLUMNS], columns(s, args.column));
+    for (r, (sum, products)) in sum.iter_mut().zip(args.products).enumerate() {
+        let row = s.splat(args.row[r]);
+        for v in 0..TILE_COLUMNS / S::LANES {
+            let at = v * S::LANES;
+            let x = s.mul(s.difference(&products[at..], &zeros), column[v]);
+            let x = if args.first { s.mul(x, row) } else { s.fma(x, row, s.load(&sum[at..])) };
+            s.store(x, &mut sum[at..]);
         }
     }
 }

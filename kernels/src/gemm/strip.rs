@@ -5,7 +5,7 @@ use super::chunks::Chunk;
 use super::columns::Columns;
 use super::driver::{PAIR, Plan};
 use super::geometry::RowTile;
-use super::steps::{AddTap, Finish, Held, Sums, Target, add_tap, finish};
+use super::steps::{AddChunk, AddTap, Finish, Held, Sums, Target, add_chunk, add_tap, finish};
 use super::tile::{Claim, MAX_TAPS, Next, TILE_COLUMNS, TileArgs, UNROLLED};
 use crate::arch::prefetch;
 use crate::layout::{ALIGN, TILE_N};
@@ -20,6 +20,8 @@ pub(crate) struct Strip<'s> {
     pub(super) tiles: &'s [RowTile],
     /// The operand's rows in bytes; where they are widened, those of the tiles in the chunk, one after another.
     pub(super) rows: &'s [u8],
+    /// Of all rows of the tiles, where they are rounded.
+    pub(super) row_scale: &'s [f32],
     /// Of all rows of the tiles where they wait for the next chunk, else of a tile.
     pub(super) products: &'s mut [[i32; TILE_COLUMNS]],
     /// Of all rows of the tiles, where taps are added up.
@@ -47,6 +49,8 @@ pub(super) struct Blocks<'b> {
     pub(super) stride: usize,
     /// Bytes from tap to tap.
     pub(super) tap: usize,
+    /// What the sums of each column are to be multiplied with, beside the scale of its panel.
+    pub(super) scale: [f32; TILE_COLUMNS],
 }
 
 /// Weights that will be wanted soon. The loads of wide tiles wait for memory one after another, so it is asked early.
@@ -160,6 +164,14 @@ impl Plan<'_> {
                 let tap = AddTap { products, offset, scale, scale_step, first: chunk.tap == 0 };
                 let added = &mut strip.sums[row..row + tile.rows];
                 add_tap(s, &tap, added);
+                sums = Some(&*added);
+            }
+            if self.rounds {
+                let first = chunk.tap == 0 && chunk.k == 0;
+                let row_scale = &strip.row_scale[row..row + tile.rows];
+                let chunk = AddChunk { products, row: row_scale, column: &strip.blocks.scale, first };
+                let added = &mut strip.sums[row..row + tile.rows];
+                add_chunk(s, &chunk, added);
                 sums = Some(&*added);
             }
             if finishes {

@@ -12,7 +12,9 @@ use crate::view::Operand;
 pub enum Types {
     /// u8 rows by int8 blocks `[k/4][16][4]`, summed in i32.
     U8S8,
-    /// i16 rows by i16 blocks `[k/2][16][2]`, summed in i32: u8 rows and int8 weights, widened once per block of rows.
+    /// i16 rows by i16 blocks `[k/2][16][2]`, summed in i32: u8 rows and int8 weights, widened once per block of rows. Or bf16
+    /// rows, rounded to whole numbers times a scale for each row of a chunk of inputs, and so are float weights
+    /// ([`shorts`](super::shorts)); sums of chunks are added up in f32.
     S16S16,
     /// u8 rows by the 4-bit codes of [`Encoding::Q4`] as int8, summed in i16 over a group and then, times the group's scale, in
     /// i32. A block has the codes of a group, `[Q4_GROUP/4][16][4]`, and its scales as i16, each twice: `[16][2]`.
@@ -114,7 +116,7 @@ pub(crate) struct Peak {
 
 impl GemmKernel {
     /// Whether it can multiply these rows by weights of this encoding without losing a part of either, but for the last
-    /// bits of [`Encoding::F16`] in [`Types::Bf16`].
+    /// bits of [`Encoding::F16`] in [`Types::Bf16`] and of floats in [`Types::S16S16`].
     pub fn suits(&self, operand: &Operand<'_>, encoding: Encoding) -> bool {
         match operand {
             Operand::U8 { .. } | Operand::U8Uniform { .. } => {
@@ -122,7 +124,9 @@ impl GemmKernel {
                     && encoding.is_integer()
                     && (self.types != Types::U8S4 || encoding == Encoding::Q4)
             }
-            Operand::Bf16(_) if self.types == Types::Bf16 => encoding != Encoding::F32,
+            Operand::Bf16(_) if matches!(self.types, Types::Bf16 | Types::S16S16) => {
+                encoding != Encoding::F32
+            }
             Operand::Bf16(_) | Operand::F32(_) => self.types == Types::F32,
         }
     }

@@ -1,6 +1,7 @@
 //! Operands as a kernel reads them, where they don't lie so: rows widened, weights unpacked, taps of a folded filter added up.
 
 use super::geometry::FOLDED_TAPS;
+use super::shorts::{round_row, round_tiles};
 use super::table::Types;
 use crate::layout::{Encoding, Panel, Q4_GROUP, TILE_K, TILE_N};
 use crate::simd::Simd;
@@ -13,10 +14,13 @@ pub(crate) enum Widen<'a> {
     U8(&'a [u8]),
     /// To f32.
     Bf16(&'a [bf16]),
+    /// To i16, of magnitudes up to this.
+    Rounded(&'a [bf16], f32),
 }
 
+/// Gives what the numbers are to be multiplied with.
 #[inline(always)]
-pub(crate) fn widen<S: Simd>(s: S, args: &Widen<'_>, out: &mut [u8]) {
+pub(crate) fn widen<S: Simd>(s: S, args: &Widen<'_>, out: &mut [u8]) -> f32 {
     match args {
         Widen::U8(row) => {
             for (out, &x) in bytemuck::cast_slice_mut::<u8, i16>(out).iter_mut().zip(*row) {
@@ -30,7 +34,9 @@ pub(crate) fn widen<S: Simd>(s: S, args: &Widen<'_>, out: &mut [u8]) {
                 s.store(s.load_bf16(x), out);
             }
         }
+        Widen::Rounded(row, most) => return round_row(s, row, *most, bytemuck::cast_slice_mut(out)),
     }
+    1.0
 }
 
 /// Tiles of a panel to be written as a kernel reads them.
@@ -45,15 +51,30 @@ pub(crate) struct Unpack<'a> {
     pub(crate) tiles: usize,
 }
 
+/// Gives what the sums of each output are to be multiplied with, beside the scale of its panel.
 #[inline(always)]
-pub(crate) fn unpack<S: Simd>(s: S, args: &Unpack<'_>, out: &mut [u8]) {
+pub(crate) fn unpack<S: Simd>(s: S, args: &Unpack<'_>, out: &mut [u8]) -> [f32; TILE_N] {
+    if args.types == Types::S16S16 && !args.encoding.is_integer() {
+        return round_tiles(s, args, bytemuck::cast_slice_mut(out));
+    }
     let out_bytes = args.types.tile_bytes();
     for (i, out) in out.chunks_exact_mut(out_bytes).take(args.tiles).enumerate() {
         match (args.types, args.encoding, args.firsts) {
             (Types::Bf16, Encoding::F16, _) => round_f16(s, args, i, out),
             (types, _, &[first]) => unpack_tile(s, args, first + i, types, out),
+            (Types::S16S16, ..) => {
+                let out: &mut [i16] = bytemuck::cast_slice_mut(out);
+                out.fill(0);
+                for &first in args.firsts {
+                    let mut wide = [0i16; TILE_N * TILE_K];
+                    unpack_tile(s, args, first + i, Types::S16S16, bytemuck::bytes_of_mut(&mut wide));
+                    for (sum, x) in out.iter_mut().zip(wide) {
+                        *sum += x;
+                    }
+                }
+            }
             (types, ..) => {
-                assert_eq!(types, Types::F32, "only f32 has room for sums of taps");
+                assert_eq!(types, Types::F32, "others have no room for sums of taps");
                 let mut sum = [0.0f32; TILE_N * TILE_K];
                 for &first in args.firsts {
                     let mut wide = [0.0f32; TILE_N * TILE_K];
@@ -66,6 +87,7 @@ pub(crate) fn unpack<S: Simd>(s: S, args: &Unpack<'_>, out: &mut [u8]) {
             }
         }
     }
+    [1.0; _]
 }
 
 /// Tile `tile` as a kernel of types `types` reads it.
@@ -124,13 +146,13 @@ fn words(block: &[u8; 4 * TILE_N]) -> [u32; TILE_N] {
 /// A reference that the optimizer knows nothing of. Loops over blocks have one each round, or they would be turned inside
 /// out: a vector made of one lane of many blocks.
 #[inline(always)]
-fn opaque<T>(block: &T) -> &T {
+pub(super) fn opaque<T>(block: &T) -> &T {
     std::hint::black_box(block)
 }
 
 /// `[f(0), f(1), ...]`. The functions of the standard library are not always inlined, and then not of the tier.
 #[inline(always)]
-fn lanes<T: Copy + Default, const N: usize>(f: impl Fn(usize) -> T) -> [T; N] {
+pub(super) fn lanes<T: Copy + Default, const N: usize>(f: impl Fn(usize) -> T) -> [T; N] {
     let mut out = [T::default(); N];
     for (n, out) in out.iter_mut().enumerate() {
         *out = f(n);

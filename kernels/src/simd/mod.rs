@@ -90,6 +90,15 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn store_bf16_partial(self, v: Self::F, dst: &mut [bf16]);
     /// Rounds to nearest (ties away from zero) and stores `a[0], b[0], a[1], b[1], ...`, `2 * LANES` elements, none NaN.
     fn store_bf16_pairs(self, a: Self::F, b: Self::F, dst: &mut [bf16]);
+    /// Rounds to nearest even and stores `LANES` integers, of magnitudes up to 32767; NaN becomes any.
+    #[inline(always)]
+    fn store_i16(self, v: Self::F, dst: &mut [i16]) {
+        let mut wide = [0.0; MAX_LANES];
+        self.store(self.round(v), &mut wide);
+        for (dst, x) in dst[..Self::LANES].iter_mut().zip(wide) {
+            *dst = x as i16;
+        }
+    }
     /// Stores two vectors side by side; with `past` they may go past the caches, so a fence is due (`arch::fence`).
     #[inline(always)]
     fn store_two(self, a: Self::F, b: Self::F, dst: &mut [f32], past: bool) {
@@ -427,6 +436,11 @@ pub(crate) mod tests {
             s.store_bf16_pairs(v, s.mul(v, v), &mut pairs);
             let each_pair = src.iter().flat_map(|&x| [bf16::from_f32(x), bf16::from_f32(x * x)]);
             assert_eq!(pairs, each_pair.collect::<Vec<_>>());
+            let shorts = [0.5, 1.5, -0.5, -2.5, 32767.0, -32767.0, 7.49, -7.51, 0.0, 1e-30];
+            let shorts: Vec<f32> = shorts.into_iter().cycle().take(n).collect();
+            let mut rounded = vec![0i16; n];
+            s.store_i16(s.load(&shorts), &mut rounded);
+            assert_eq!(rounded, shorts.iter().map(|x| x.round_ties_even() as i16).collect::<Vec<_>>());
             for first in (0..=u16::MAX).step_by(n) {
                 let halves: Vec<f16> = (first..=first + (n as u16 - 1)).map(f16::from_bits).collect();
                 for (got, want) in get(s.load_f16(&halves)).iter().zip(halves.iter().map(|x| x.to_f32())) {

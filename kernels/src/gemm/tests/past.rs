@@ -4,8 +4,11 @@ use super::*;
 
 /// `rows` of a call whose operand has as many.
 fn part<'a>(left: &'a Left, stride: usize, rows: std::ops::Range<usize>) -> Operand<'a> {
-    let codes = &left.codes[rows.start * stride..rows.end * stride];
-    Operand::U8 { codes, scale: &left.scale[rows] }
+    let elements = rows.start * stride..rows.end * stride;
+    match left.rank {
+        Rank::U8 => Operand::U8 { codes: &left.codes[elements], scale: &left.scale[rows] },
+        _ => Operand::Bf16(&left.bf16[elements]),
+    }
 }
 
 /// A large output, wherever it begins, is what small ones of some of its rows are. Values and gates of two pairs of panels make a
@@ -14,10 +17,17 @@ fn part<'a>(left: &'a Left, stride: usize, rows: std::ops::Range<usize>) -> Oper
 fn large_outputs_are_what_small_ones_are() {
     const M: usize = 1100;
     const N: usize = 2112;
-    for (activation, k) in [(Activation::None, 70), (Activation::Geglu, 70), (Activation::Geglu, 1400)] {
+    let cases = [
+        (Rank::U8, Activation::None, 70),
+        (Rank::U8, Activation::Geglu, 70),
+        (Rank::U8, Activation::Geglu, 1400),
+        (Rank::Bf16, Activation::None, 70),
+        (Rank::Bf16, Activation::Geglu, 300),
+    ];
+    for (rank, activation, k) in cases {
         let mut random = Random::new(5);
         let shape = WeightShape::linear(N, k);
-        let left = Left::new(&mut random, Rank::U8, &ImageShape::rows(M), k, shape.k_padded());
+        let left = Left::new(&mut random, rank, &ImageShape::rows(M), k, shape.k_padded());
         let bytes = weight_bytes(&mut random, Encoding::Q8, shape);
         let columns = activation.columns(N);
         for kernel in kernels_here().filter(|kernel| kernel.suits(&left.view(), Encoding::Q8)) {

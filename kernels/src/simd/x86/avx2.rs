@@ -201,6 +201,15 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
+    fn store_i16(self, v: __m256, dst: &mut [i16]) {
+        let dst = &mut dst[..8];
+        tier!({
+            let wide = _mm256_cvtps_epi32(v);
+            let shorts = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256::<1>(wide));
+            _mm_storeu_si128(dst.as_mut_ptr().cast(), shorts)
+        })
+    }
+    #[inline(always)]
     fn store_codes(self, v: __m256, dst: &mut [u8]) {
         let dst = &mut dst[..8];
         let codes = self.codes(v);

@@ -210,6 +210,11 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         })
     }
     #[inline(always)]
+    fn store_i16(self, v: __m512, dst: &mut [i16]) {
+        let dst = &mut dst[..16];
+        tier!(_mm256_storeu_si256(dst.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v))))
+    }
+    #[inline(always)]
     fn store_codes(self, v: __m512, dst: &mut [u8]) {
         let dst = &mut dst[..16];
         let codes = self.codes(v);
