@@ -91,9 +91,9 @@ pub(crate) fn add_chunk<S: Simd>(s: S, args: &AddChunk<'_>, sum: &mut [[f32; TIL
     let (zeros, column) = ([0; TILE_COLUMNS], columns(s, args.column));
     for (r, (sum, products)) in sum.iter_mut().zip(args.products).enumerate() {
         let row = s.splat(args.row[r]);
-        for v in 0..TILE_COLUMNS / S::LANES {
+        for (v, &column) in column[..TILE_COLUMNS / S::LANES].iter().enumerate() {
             let at = v * S::LANES;
-            let x = s.mul(s.difference(&products[at..], &zeros), column[v]);
+            let x = s.mul(s.difference(&products[at..], &zeros), column);
             let x = if args.first { s.mul(x, row) } else { s.fma(x, row, s.load(&sum[at..])) };
             s.store(x, &mut sum[at..]);
         }
