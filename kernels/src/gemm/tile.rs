@@ -1,9 +1,11 @@
 //! The one body of all tiles that work by broadcasting: each step loads `V` vectors of weights and meets them with an
 //! element group of each of `R` rows. An instruction set says how in its [`Lanes`].
 
+#[cfg(target_arch = "x86_64")]
 mod grouped;
 
 use crate::arch::{claim, prefetch};
+#[cfg(target_arch = "x86_64")]
 pub(crate) use grouped::{Grouped, grouped_tile};
 
 /// Columns of an accumulator tile in memory, also where a kernel computes 16 of them.
