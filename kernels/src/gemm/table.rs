@@ -14,7 +14,7 @@ pub enum Types {
     U8S8,
     /// i16 rows by i16 blocks `[k/2][16][2]`, summed in i32: u8 rows and int8 weights, widened once per block of rows. Or bf16
     /// rows, rounded to whole numbers times a scale for each row of a chunk of inputs, and so are float weights
-    /// ([`shorts`](super::shorts)); sums of chunks are added up in f32.
+    /// (`gemm/shorts.rs`); sums of chunks are added up in f32.
     S16S16,
     /// u8 rows by the 4-bit codes of [`Encoding::Q4`] as int8, summed in i16 over a group and then, times the group's scale, in
     /// i32. A block has the codes of a group, `[Q4_GROUP/4][16][4]`, and its scales as i16, each twice: `[16][2]`.
