@@ -1,6 +1,7 @@
 //! A table of every kernel of this machine on the large layers of SD 1.5 and SDXL: billions of operations per second on one
 //! thread, their share of what the same multiplications reach on registers in the same run, 4-bit weights' speed as a share of
-//! 8-bit weights', two threads' as a multiple of one's. Then passes beside a copy.
+//! 8-bit weights', two threads' as a multiple of one's; of 16-bit numbers once of codes and once of rounded floats. Then passes
+//! beside a copy.
 //!
 //! `cargo bench -p sdfast-benches --bench tiers [-- --quick] [-- KERNEL]`; `--quick` measures a few layers, shortly; a `KERNEL`
 //! called `pass` leaves out all kernels, any other one the passes.
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use half::bf16;
 use kernels::ceilings::{LayerShape, layer_gops, plain};
-use kernels::gemm::{Activation, kernels};
+use kernels::gemm::{Activation, Types, kernels};
 use kernels::layout::Encoding;
 use kernels::par::Shared;
 use kernels::pass::{Norm, Recipe, Source, group_codings, group_stats, operand_pass, stats_len, sums_len};
@@ -44,13 +45,19 @@ fn main() {
     let conv =
         CONV.map(|(side, c)| (format!("3 x 3, {side} x {side}, {c}"), LayerShape::conv3x3(1, side, c, c)));
     let (linear, conv) = if quick { (&linear[6..7], &conv[..1]) } else { (&linear[..], &conv[..]) };
-    say("| kernel | layer | GOP/s | of ceiling | q4 to q8 | 2 threads to 1 |\n|---|---|--:|--:|--:|--:|");
+    say(
+        "| kernel | layer | weights | GOP/s | of ceiling | q4 to q8 | 2 threads to 1 |\n|---|---|---|--:|--:|--:|--:|",
+    );
     for kernel in kernels().iter().filter(|kernel| kernel.isa.is_available() && kernel.isa != Isa::Scalar) {
         if only.as_ref().is_some_and(|only| !kernel.name.contains(only)) {
             continue;
         }
-        let encoding = plain(kernel.types);
-        for (name, shape) in linear.iter().chain(conv) {
+        // The kernels of 16-bit numbers have two kinds of rows.
+        let rounded = (kernel.types == Types::S16S16).then_some(Encoding::F16);
+        let encodings = std::iter::once(plain(kernel.types)).chain(rounded);
+        let layers =
+            encodings.flat_map(|encoding| linear.iter().chain(conv).map(move |layer| (encoding, layer)));
+        for (encoding, (name, shape)) in layers {
             let (gops, ceiling) = layer_gops(&one, kernel, encoding, *shape, time);
             let four = if encoding == Encoding::Q8 {
                 let (four, _) = layer_gops(&one, kernel, Encoding::Q4, *shape, time);
@@ -60,7 +67,11 @@ fn main() {
             };
             let (both, _) = layer_gops(&two, kernel, encoding, *shape, time);
             let (ratio, threads) = (gops / ceiling, both / gops);
-            say(&format!("| {} | {name} | {gops:.0} | {ratio:.2} | {four} | {threads:.2} |", kernel.name));
+            let weights = encoding.name();
+            say(&format!(
+                "| {} | {name} | {weights} | {gops:.0} | {ratio:.2} | {four} | {threads:.2} |",
+                kernel.name
+            ));
         }
     }
     if only.is_some_and(|only| only != "pass") {

@@ -17,7 +17,15 @@ pub(crate) fn run() -> Result<()> {
         terminal::print(&format!("  {:<12}{has:<4}{}", isa.name(), mark(isa == used)));
     }
     let operands = [Operand::U8 { codes: &[], scale: &[] }, Operand::Bf16(&[]), Operand::F32(&[])];
-    let picked: Vec<&str> = operands.iter().map(|operand| pick(used, operand, Encoding::Q8).name).collect();
+    // Codes meet integer weights only.
+    let meets =
+        |operand: &Operand<'_>, encoding: &Encoding| operand.codes().is_none() || encoding.is_integer();
+    let picked: Vec<&str> = operands
+        .iter()
+        .flat_map(|operand| {
+            Encoding::ALL.into_iter().filter(|e| meets(operand, e)).map(|e| pick(used, operand, e).name)
+        })
+        .collect();
     terminal::print("kernels");
     for kernel in kernels() {
         let has = if kernel.isa.is_available() { "yes" } else { "no" };

@@ -124,8 +124,8 @@ pub const fn plain(types: Types) -> Encoding {
     }
 }
 
-/// A layer to be measured, with the rows and weights that kernels of `types` are for. 8-bit rows have a scale each,
-/// 8-bit images one.
+/// A layer to be measured, with the rows and weights that kernels of `types` are for: those of [`Types::S16S16`] are bf16 by float
+/// weights, to be rounded. 8-bit rows have a scale each, 8-bit images one.
 struct Layer {
     types: Types,
     encoding: Encoding,
@@ -160,6 +160,7 @@ impl Layer {
     fn operand(&self) -> Operand<'_> {
         let rows = self.rows.get();
         match self.types {
+            Types::S16S16 if !self.encoding.is_integer() => Operand::Bf16(bytemuck::cast_slice(rows)),
             Types::U8S8 | Types::S16S16 | Types::U8S4 => {
                 let codes = &rows[..self.scale.len() * self.weight_shape.k_padded()];
                 if self.shape.filter == Filter::POINT {

@@ -22,20 +22,19 @@ pub(super) struct Chunk {
     pub(super) last: bool,
 }
 
-/// Cuts the inputs so that a pair's weights stay where the kernel wants them, and as many widened rows fit their buffer as a block
-/// has, none if rows aren't widened. Sums are of a tap if `by_tap`, of each chunk alone if `alone`.
+/// Cuts the inputs so that a pair's weights stay where the kernel wants them, and the rows of a block fit their buffer, where
+/// they are widened. Sums are of a tap if `by_tap`, of each chunk alone if `alone`.
 pub(super) fn chunks(
     all_taps: usize,
     padded: usize,
     kernel: &GemmKernel,
-    widened_rows: usize,
+    widened_rows: Option<usize>,
     by_tap: bool,
     alone: bool,
 ) -> Vec<Chunk> {
     let mut most = (kernel.pair_bytes / (PAIR * kernel.types.tile_bytes()) * TILE_K).max(TILE_K);
-    let widens = widened_rows > 0;
-    if widens {
-        most = most.min(rows_bytes() / (widened_rows * kernel.types.row_bytes()));
+    if let Some(rows) = widened_rows {
+        most = most.min(rows_bytes() / (rows * kernel.types.row_bytes()));
     }
     // All taps of a filter at once where they fit, or a line of it: rows of pixels side by side are met again while they are
     // in the nearest cache.
@@ -43,7 +42,7 @@ pub(super) fn chunks(
     // What comes from L2 for each tile costs vector kernels more than to keep the sums of a block between taps.
     let line_most = if kernel.fetches { most / 2 } else { most };
     let taps = match all_taps {
-        _ if by_tap || widens || kernel.taps < all_taps => 1,
+        _ if by_tap || widened_rows.is_some() || kernel.taps < all_taps => 1,
         all if all * padded <= most => all,
         all if line * line == all && line * padded <= line_most => line,
         _ => 1,

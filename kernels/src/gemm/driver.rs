@@ -119,11 +119,7 @@ pub(super) fn run(
         );
     let taps = if folds { FOLDED_TAPS } else { weight.shape.taps };
     let by_tap = matches!(operand, Operand::U8 { .. }) && taps > 1;
-    let widened_rows = match (widens, rounds) {
-        (false, _) => 0,
-        (true, false) => SMALL_BLOCK_ROWS,
-        (true, true) => ROUNDED_BLOCK_ROWS,
-    };
+    let widened_rows = widens.then_some(if rounds { ROUNDED_BLOCK_ROWS } else { SMALL_BLOCK_ROWS });
     let chunks = chunks(taps, weight.shape.k_padded(), kernel, widened_rows, by_tap, rounds);
     let keeps = !chunks.iter().all(|chunk| chunk.first && chunk.last);
     let by_image = matches!(operand, Operand::U8Uniform { .. }) || epilogue.image_bias.is_some();
@@ -142,9 +138,9 @@ pub(super) fn run(
         && !(rounds && epilogue.activation == Activation::Geglu);
     let halves = past && !by_tap && epilogue.activation == Activation::Geglu;
     let fits = kernel.block_bytes / row_bytes;
-    let block_rows = if rounds {
-        ROUNDED_BLOCK_ROWS
-    } else if widens || by_tap && weight.bytes.len() <= RESIDENT_WEIGHT {
+    let block_rows = if let Some(rows) = widened_rows {
+        rows
+    } else if by_tap && weight.bytes.len() <= RESIDENT_WEIGHT {
         SMALL_BLOCK_ROWS
     } else if unpacks && !halves {
         (UNPACKED_BLOCKS * fits).min(BLOCK_ROWS).max(fits.min(UNPACKED_BLOCK_ROWS)).max(kernel.mr)
@@ -233,6 +229,7 @@ impl<'a> Plan<'a> {
             if self.widens && chunk.len > 0 {
                 self.widen(buffers, tiles, chunk);
             } else {
+                // No inputs: the sums are zero, whatever the last task left here.
                 buffers.row_scale.fill(0.0);
             }
             for (i, pair) in pairs.clone().enumerate() {
@@ -317,7 +314,7 @@ impl<'a> Plan<'a> {
                     Operand::Bf16(rows) => Widen::Bf16(&rows[piece]),
                     Operand::F32(_) => unreachable!("f32 rows are read where they lie"),
                 };
-                let out = out.next().expect("a block has at most as many rows");
+                let out = out.next().expect("the buffer has room for a block");
                 // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
                 let scale = unsafe { (self.kernel.steps.widen)(&widen, out) };
                 if let Some(of_row) = scales.next() {

@@ -114,8 +114,9 @@ pub struct Gemm<'a> {
 
 /// The kernel that a call with this operand and these weights gets on a machine of tier `isa`.
 ///
-/// f32 rows stay f32. bfloat16 rows meet bfloat16 weights where the tier multiplies those, but f32 weights lose nothing:
-/// they, and all weights elsewhere, are met in f32.
+/// f32 rows stay f32. bfloat16 rows meet bfloat16 weights where the tier multiplies those, and are rounded to whole numbers, as
+/// float weights then are, on x86 without ([`Types::S16S16`]). f32 weights lose nothing: they, and all weights elsewhere, are met
+/// in f32.
 pub fn pick(isa: Isa, operand: &Operand<'_>, encoding: Encoding) -> &'static GemmKernel {
     let suits = |kernel: &&&'static GemmKernel| isa.includes(kernel.isa) && kernel.suits(operand, encoding);
     let kernel = kernels().iter().rfind(suits);

@@ -1,5 +1,6 @@
 //! Floats as whole numbers of 16 bits, for processors that multiply those faster than floats: each operand row and each output's
-//! weights get a scale of their own in each chunk of inputs, and both have as many bits as an i32 sum leaves room for: 12 and more.
+//! weights get a scale of their own in each chunk of inputs, by the greatest of them there. Sums are exact: a row has as many bits as an
+//! i32 leaves it beside the weights, sign included 13 and more by float weights of 12, 16 by 8-bit ones, 15 by sums of those.
 #![forbid(unsafe_code)]
 
 use super::geometry::FOLDED_TAPS;
@@ -8,8 +9,8 @@ use crate::layout::{Encoding, TILE_K, TILE_N};
 use crate::simd::{MAX_LANES, Simd};
 use crate::{bf16, f16};
 
-/// The greatest whole number that a float weight becomes: about as many bits as an f16 has.
-const WEIGHT_MOST: i32 = 2047;
+/// The greatest whole number that a float weight becomes: as many bits as the significand of an f16 has.
+const WEIGHT_MOST: usize = 2047;
 /// Magnitudes below this are 0.
 const LEAST: f32 = 1e-30;
 /// The bits of an f16 or bf16 without its sign: in the order of magnitudes, not a number last.
@@ -21,7 +22,7 @@ pub(super) fn row_most(encoding: Encoding, inputs: usize, folds: bool) -> f32 {
     let weight = match encoding {
         Encoding::Q8 | Encoding::Q4 if folds => 127 * FOLDED_TAPS,
         Encoding::Q8 | Encoding::Q4 => 127,
-        Encoding::F16 | Encoding::Bf16 | Encoding::F32 => WEIGHT_MOST as usize,
+        Encoding::F16 | Encoding::Bf16 | Encoding::F32 => WEIGHT_MOST,
     };
     (i32::MAX as usize / (weight * inputs.max(1))).min(i16::MAX as usize) as f32
 }

@@ -1,5 +1,6 @@
 //! Every kernel of the table against the reference, over the shapes around every block edge.
 
+mod exact;
 #[cfg(target_os = "linux")]
 mod guarded;
 #[cfg(target_arch = "x86_64")]
@@ -8,7 +9,7 @@ mod past;
 use super::*;
 use crate::Isa;
 use crate::bf16;
-use crate::layout::{Q4_GROUP, TILE_N, WeightShape};
+use crate::layout::WeightShape;
 use crate::quantize;
 use crate::reference::gemm as reference;
 use crate::view::{Border, Coding};
@@ -297,118 +298,6 @@ fn epilogues() {
                     let case = Case::linear(1, n, 24, encoding, rank);
                     Case { input, activation, extras, bf16_out, ..case }.check();
                 }
-            }
-        }
-    }
-}
-
-/// Codes times int8 weights are exact, up to the largest sums of K = 10240.
-#[test]
-fn integer_sums_are_exact() {
-    for (m, n, k) in [(3, 5, 10240), (13, 33, 64), (2, 16, 4100)] {
-        let mut random = Random::new(3);
-        let shape = WeightShape::linear(n, k);
-        let input = ImageShape::rows(m);
-        let mut left = Left::new(&mut random, Rank::U8, &input, k, shape.k_padded());
-        left.scale.fill(1.0);
-        left.codes[..k].fill(255);
-        // The widest weight of each output is 127, so its scale is 1.
-        let mut src: Vec<f32> = (0..n * k).map(|_| (random.bits() % 255) as f32 - 127.0).collect();
-        src.iter_mut().step_by(k).for_each(|w| *w = 127.0);
-        src[..k].fill(127.0);
-        let mut bytes = vec![0; shape.bytes(Encoding::Q8)];
-        quantize::encode(Encoding::Q8, shape, &src, &mut bytes);
-        let weight = Weight::new(Encoding::Q8, shape, &bytes);
-        for kernel in kernels_here().filter(|kernel| kernel.suits(&left.view(), Encoding::Q8)) {
-            let mut out = vec![f32::NAN; m * n];
-            let call = Gemm {
-                operand: left.view(),
-                input,
-                filter: Filter::POINT,
-                weight,
-                epilogue: Epilogue::default(),
-                out: RowsMut::F32(&mut out),
-            };
-            gemm_with(&Workers::new(1), kernel, call);
-            for (i, &y) in out.iter().enumerate() {
-                let codes = &left.codes[i / n * shape.k_padded()..][..k];
-                let weights = &src[i % n * k..][..k];
-                let sum: i64 =
-                    codes.iter().zip(weights).map(|(&c, &w)| (i64::from(c) - 128) * w as i64).sum();
-                assert_eq!(y, sum as f32, "{} {m}x{n}x{k} [{i}]", kernel.name);
-            }
-        }
-    }
-}
-
-/// A row with a number that is none gives outputs that are none, and so does one that is infinite; the others don't.
-#[test]
-fn what_is_not_finite_stays_so() {
-    let (m, n, k) = (14, 33, 700);
-    for encoding in [Encoding::Q8, Encoding::F16, Encoding::Bf16] {
-        let shape = WeightShape::linear(n, k);
-        let input = ImageShape::rows(m);
-        let mut random = Random::new(5);
-        let mut left = Left::new(&mut random, Rank::Bf16, &input, k, shape.k_padded());
-        left.bf16[3 * shape.k_padded() + 699] = bf16::NAN;
-        left.bf16[7 * shape.k_padded()] = bf16::NEG_INFINITY;
-        let bytes = weight_bytes(&mut random, encoding, shape);
-        for kernel in kernels_here().filter(|kernel| kernel.suits(&left.view(), encoding)) {
-            let mut out = vec![0.0; m * n];
-            let call = Gemm {
-                operand: left.view(),
-                input,
-                filter: Filter::POINT,
-                weight: Weight::new(encoding, shape, &bytes),
-                epilogue: Epilogue::default(),
-                out: RowsMut::F32(&mut out),
-            };
-            gemm_with(&Workers::new(1), kernel, call);
-            for (i, y) in out.iter().enumerate() {
-                let finite = !matches!(i / n, 3 | 7);
-                assert_eq!(y.is_finite(), finite, "{} {encoding:?} row {}: {y}", kernel.name, i / n);
-            }
-        }
-    }
-}
-
-/// 4-bit codes of the greatest magnitude, all of one sign, by the greatest activations: the largest sums of a group.
-#[test]
-fn sums_of_groups_are_exact() {
-    let (m, k) = (13, 10240);
-    for n in [1, 16, 33] {
-        let shape = WeightShape::linear(n, k);
-        let input = ImageShape::rows(m);
-        let mut left = Left::new(&mut Random::new(3), Rank::U8, &input, k, shape.k_padded());
-        left.scale.fill(1.0);
-        left.codes.fill(255);
-        // Codes are 0, which is -8; outputs take turns between the widest group scales of both signs.
-        let group = |n: usize| if n.is_multiple_of(2) { 15i8 } else { -15 };
-        let mut bytes = vec![0; shape.bytes(Encoding::Q4)];
-        for panel in bytes.chunks_exact_mut(shape.panel_bytes(Encoding::Q4)) {
-            for n in 0..TILE_N {
-                panel[4 * n..][..4].copy_from_slice(&1.0f32.to_le_bytes());
-                let sum = -8 * k as i32 * i32::from(group(n));
-                panel[4 * (TILE_N + n)..][..4].copy_from_slice(&sum.to_le_bytes());
-                let groups = &mut panel[4 * 2 * TILE_N..][..k / Q4_GROUP * TILE_N];
-                groups.iter_mut().skip(n).step_by(TILE_N).for_each(|g| *g = group(n) as u8);
-            }
-        }
-        let weight = Weight::new(Encoding::Q4, shape, &bytes);
-        for kernel in kernels_here().filter(|kernel| kernel.suits(&left.view(), Encoding::Q4)) {
-            let mut out = vec![f32::NAN; m * n];
-            let call = Gemm {
-                operand: left.view(),
-                input,
-                filter: Filter::POINT,
-                weight,
-                epilogue: Epilogue::default(),
-                out: RowsMut::F32(&mut out),
-            };
-            gemm_with(&Workers::new(1), kernel, call);
-            for (i, &y) in out.iter().enumerate() {
-                let sum = (255 - 128) * -8 * k as i32 * i32::from(group(i % n % TILE_N));
-                assert_eq!(y, sum as f32, "{} {m}x{n}x{k} [{i}]", kernel.name);
             }
         }
     }

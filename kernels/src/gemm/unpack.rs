@@ -1,5 +1,7 @@
 //! Operands as a kernel reads them, where they don't lie so: rows widened, weights unpacked, taps of a folded filter added up.
 
+use std::ops::AddAssign;
+
 use super::geometry::FOLDED_TAPS;
 use super::shorts::{round_row, round_tiles};
 use super::table::Types;
@@ -62,32 +64,26 @@ pub(crate) fn unpack<S: Simd>(s: S, args: &Unpack<'_>, out: &mut [u8]) -> [f32; 
         match (args.types, args.encoding, args.firsts) {
             (Types::Bf16, Encoding::F16, _) => round_f16(s, args, i, out),
             (types, _, &[first]) => unpack_tile(s, args, first + i, types, out),
-            (Types::S16S16, ..) => {
-                let out: &mut [i16] = bytemuck::cast_slice_mut(out);
-                out.fill(0);
-                for &first in args.firsts {
-                    let mut wide = [0i16; TILE_N * TILE_K];
-                    unpack_tile(s, args, first + i, Types::S16S16, bytemuck::bytes_of_mut(&mut wide));
-                    for (sum, x) in out.iter_mut().zip(wide) {
-                        *sum += x;
-                    }
-                }
-            }
-            (types, ..) => {
-                assert_eq!(types, Types::F32, "others have no room for sums of taps");
-                let mut sum = [0.0f32; TILE_N * TILE_K];
-                for &first in args.firsts {
-                    let mut wide = [0.0f32; TILE_N * TILE_K];
-                    unpack_tile(s, args, first + i, Types::F32, bytemuck::bytes_of_mut(&mut wide));
-                    for (sum, x) in sum.iter_mut().zip(wide) {
-                        *sum += x;
-                    }
-                }
-                out.copy_from_slice(bytemuck::bytes_of(&sum));
-            }
+            (Types::S16S16, ..) => sum_taps::<S, i16>(s, args, i, out),
+            (Types::F32, ..) => sum_taps::<S, f32>(s, args, i, out),
+            (types, ..) => unreachable!("{types:?} have no room for sums of taps"),
         }
     }
     [1.0; _]
+}
+
+/// The sum of the `i`-th tiles, as a kernel whose weights are `T` reads it.
+#[inline(always)]
+fn sum_taps<S: Simd, T: bytemuck::Pod + AddAssign>(s: S, args: &Unpack<'_>, i: usize, out: &mut [u8]) {
+    let mut sum = [T::zeroed(); TILE_N * TILE_K];
+    for &first in args.firsts {
+        let mut wide = [T::zeroed(); TILE_N * TILE_K];
+        unpack_tile(s, args, first + i, args.types, bytemuck::cast_slice_mut(&mut wide));
+        for (sum, x) in sum.iter_mut().zip(wide) {
+            *sum += x;
+        }
+    }
+    out.copy_from_slice(bytemuck::cast_slice(&sum));
 }
 
 /// Tile `tile` as a kernel of types `types` reads it.

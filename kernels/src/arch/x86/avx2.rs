@@ -1,11 +1,11 @@
 //! AVX2 with FMA.
 //!
-//! `vpmaddubsw` would saturate (255 * 127 twice is beyond 16 bits), so rows and weights are widened to i16 once per block
-//! of rows and met with `vpmaddwd`.
+//! `vpmaddubsw` would saturate (255 * 127 twice is beyond 16 bits), so rows and 8-bit weights are widened to i16 once per block
+//! of rows and met with `vpmaddwd`. Of 4-bit codes it has room for 16 products.
 
 use std::arch::x86_64::*;
 
-use super::moves;
+use super::{integer_lanes, moves};
 use crate::gemm::steps::steps;
 use crate::gemm::tile::{Grouped, Lanes, broadcast_kernel};
 use crate::layout::Q4_GROUP;
@@ -17,54 +17,16 @@ steps!(
     unsafe { crate::simd::x86::Avx2::new() }
 );
 
-/// 8 i32 sums of i16 by i16.
-struct S16S16;
+integer_lanes!(
+    /// 8 i32 sums of i16 by i16.
+    S16S16: 256, 2 inputs, |acc, a, b| _mm256_add_epi32(acc, _mm256_madd_epi16(a, b))
+);
 
-impl Lanes for S16S16 {
-    type Acc = __m256i;
-    type B = __m256i;
-    type A = __m256i;
-    const COLUMNS: usize = 8;
-    const K: usize = 2;
-    const A_BYTES: usize = 4;
-    moves!(__m256i, _mm256_setzero_si256, _mm256_loadu_si256, _mm256_storeu_si256);
-
-    #[inline(always)]
-    unsafe fn splat_a(a: *const u8) -> __m256i {
-        // SAFETY: the caller has AVX2 and vouches for the 4 bytes.
-        unsafe { _mm256_set1_epi32(a.cast::<i32>().read_unaligned()) }
-    }
-    #[inline(always)]
-    unsafe fn multiply(acc: __m256i, a: __m256i, b: __m256i) -> __m256i {
-        // SAFETY: the caller has AVX2.
-        unsafe { _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)) }
-    }
-}
-
-/// 2 i16 sums for each of 8 columns, of u8 by 4-bit codes: a product of either sign is at most 8 * 255, and a group makes 16
-/// of them in a sum.
-struct U8S4;
-
-impl Lanes for U8S4 {
-    type Acc = __m256i;
-    type B = __m256i;
-    type A = __m256i;
-    const COLUMNS: usize = 8;
-    const K: usize = 4;
-    const A_BYTES: usize = 4;
-    moves!(__m256i, _mm256_setzero_si256, _mm256_loadu_si256, _mm256_storeu_si256);
-
-    #[inline(always)]
-    unsafe fn splat_a(a: *const u8) -> __m256i {
-        // SAFETY: the caller has AVX2 and vouches for the 4 bytes.
-        unsafe { _mm256_set1_epi32(a.cast::<i32>().read_unaligned()) }
-    }
-    #[inline(always)]
-    unsafe fn multiply(acc: __m256i, a: __m256i, b: __m256i) -> __m256i {
-        // SAFETY: the caller has AVX2.
-        unsafe { _mm256_add_epi16(acc, _mm256_maddubs_epi16(a, b)) }
-    }
-}
+integer_lanes!(
+    /// 2 i16 sums for each of 8 columns, of u8 by 4-bit codes: a product of either sign is at most 8 * 255, and a group makes 16
+    /// of them in a sum.
+    U8S4: 256, 4 inputs, |acc, a, b| _mm256_add_epi16(acc, _mm256_maddubs_epi16(a, b))
+);
 
 impl Grouped for U8S4 {
     #[inline(always)]

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::moves;
+use super::{integer_lanes, moves};
 use crate::gemm::steps::steps;
 use crate::gemm::tile::{Grouped, Lanes, broadcast_kernel};
 use crate::layout::Q4_GROUP;
@@ -14,54 +14,16 @@ steps!(
     unsafe { crate::simd::x86::Avx512::<false>::new() }
 );
 
-/// 16 i32 sums of i16 by i16.
-struct S16S16;
+integer_lanes!(
+    /// 16 i32 sums of i16 by i16.
+    S16S16: 512, 2 inputs, |acc, a, b| _mm512_add_epi32(acc, _mm512_madd_epi16(a, b))
+);
 
-impl Lanes for S16S16 {
-    type Acc = __m512i;
-    type B = __m512i;
-    type A = __m512i;
-    const COLUMNS: usize = 16;
-    const K: usize = 2;
-    const A_BYTES: usize = 4;
-    moves!(__m512i, _mm512_setzero_si512, _mm512_loadu_si512, _mm512_storeu_si512);
-
-    #[inline(always)]
-    unsafe fn splat_a(a: *const u8) -> __m512i {
-        // SAFETY: the caller has AVX-512 and vouches for the 4 bytes.
-        unsafe { _mm512_set1_epi32(a.cast::<i32>().read_unaligned()) }
-    }
-    #[inline(always)]
-    unsafe fn multiply(acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
-        // SAFETY: the caller has AVX-512.
-        unsafe { _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)) }
-    }
-}
-
-/// 2 i16 sums for each of 16 columns, of u8 by 4-bit codes: a product of either sign is at most 8 * 255, and a group makes 16
-/// of them in a sum.
-struct U8S4;
-
-impl Lanes for U8S4 {
-    type Acc = __m512i;
-    type B = __m512i;
-    type A = __m512i;
-    const COLUMNS: usize = 16;
-    const K: usize = 4;
-    const A_BYTES: usize = 4;
-    moves!(__m512i, _mm512_setzero_si512, _mm512_loadu_si512, _mm512_storeu_si512);
-
-    #[inline(always)]
-    unsafe fn splat_a(a: *const u8) -> __m512i {
-        // SAFETY: the caller has AVX-512 and vouches for the 4 bytes.
-        unsafe { _mm512_set1_epi32(a.cast::<i32>().read_unaligned()) }
-    }
-    #[inline(always)]
-    unsafe fn multiply(acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
-        // SAFETY: the caller has AVX-512.
-        unsafe { _mm512_add_epi16(acc, _mm512_maddubs_epi16(a, b)) }
-    }
-}
+integer_lanes!(
+    /// 2 i16 sums for each of 16 columns, of u8 by 4-bit codes: a product of either sign is at most 8 * 255, and a group makes 16
+    /// of them in a sum.
+    U8S4: 512, 4 inputs, |acc, a, b| _mm512_add_epi16(acc, _mm512_maddubs_epi16(a, b))
+);
 
 impl Grouped for U8S4 {
     #[inline(always)]

@@ -2,56 +2,18 @@
 
 use std::arch::x86_64::*;
 
-use super::{avx2, moves};
-use crate::gemm::tile::{Lanes, broadcast_kernel};
+use super::{avx2, integer_lanes};
+use crate::gemm::tile::broadcast_kernel;
 
-/// 8 i32 sums of u8 by i8.
-struct U8S8;
+integer_lanes!(
+    /// 8 i32 sums of u8 by i8.
+    U8S8: 256, 4 inputs, |acc, a, b| _mm256_dpbusd_avx_epi32(acc, a, b)
+);
 
-impl Lanes for U8S8 {
-    type Acc = __m256i;
-    type B = __m256i;
-    type A = __m256i;
-    const COLUMNS: usize = 8;
-    const K: usize = 4;
-    const A_BYTES: usize = 4;
-    moves!(__m256i, _mm256_setzero_si256, _mm256_loadu_si256, _mm256_storeu_si256);
-
-    #[inline(always)]
-    unsafe fn splat_a(a: *const u8) -> __m256i {
-        // SAFETY: the caller has AVX2 and vouches for the 4 bytes.
-        unsafe { _mm256_set1_epi32(a.cast::<i32>().read_unaligned()) }
-    }
-    #[inline(always)]
-    unsafe fn multiply(acc: __m256i, a: __m256i, b: __m256i) -> __m256i {
-        // SAFETY: the caller has AVX-VNNI.
-        unsafe { _mm256_dpbusd_avx_epi32(acc, a, b) }
-    }
-}
-
-/// 8 i32 sums of i16 by i16.
-struct S16S16;
-
-impl Lanes for S16S16 {
-    type Acc = __m256i;
-    type B = __m256i;
-    type A = __m256i;
-    const COLUMNS: usize = 8;
-    const K: usize = 2;
-    const A_BYTES: usize = 4;
-    moves!(__m256i, _mm256_setzero_si256, _mm256_loadu_si256, _mm256_storeu_si256);
-
-    #[inline(always)]
-    unsafe fn splat_a(a: *const u8) -> __m256i {
-        // SAFETY: the caller has AVX2 and vouches for the 4 bytes.
-        unsafe { _mm256_set1_epi32(a.cast::<i32>().read_unaligned()) }
-    }
-    #[inline(always)]
-    unsafe fn multiply(acc: __m256i, a: __m256i, b: __m256i) -> __m256i {
-        // SAFETY: the caller has AVX-VNNI.
-        unsafe { _mm256_dpwssd_avx_epi32(acc, a, b) }
-    }
-}
+integer_lanes!(
+    /// 8 i32 sums of i16 by i16.
+    S16S16: 256, 2 inputs, |acc, a, b| _mm256_dpwssd_avx_epi32(acc, a, b)
+);
 
 broadcast_kernel!(
     #[target_feature(enable = "avx2,fma,avxvnni")]
