@@ -96,7 +96,7 @@ pub struct Coding {
 
 impl Operand<'_> {
     /// The codes of 8-bit rows.
-    pub(crate) fn codes(&self) -> Option<&[u8]> {
+    pub fn codes(&self) -> Option<&[u8]> {
         match self {
             Operand::U8 { codes, .. } | Operand::U8Uniform { codes, .. } => Some(codes),
             Operand::Bf16(_) | Operand::F32(_) => None,
