@@ -104,12 +104,12 @@ pub(super) fn run(
             | (Operand::F32(_), Types::F32)
     );
     let rounds = matches!((operand, kernel.types), (Operand::Bf16(_), Types::S16S16));
-    // Where the kernel has room for sums of weights, or rounds weights anyway.
+    // Where the kernel has room for sums of weights, or rounds weights anyway. Codes of all pixels have to mean the same.
     let folds = filter.upsample
         && match kernel.types {
             Types::F32 => true,
             Types::Bf16 => weight.encoding == Encoding::F16,
-            Types::S16S16 => rounds,
+            Types::S16S16 => rounds || matches!(operand, Operand::U8Uniform { .. }),
             Types::U8S8 | Types::U8S4 => false,
         };
     let unpacks = folds

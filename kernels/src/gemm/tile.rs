@@ -244,33 +244,31 @@ pub(crate) unsafe fn broadcast_tile<L: Lanes, const R: usize, const V: usize>(t:
     }
 }
 
-/// Accumulators of [`broadcast_peak`]: enough to hide the latency, few enough for 16 registers.
-const PEAK_CHAINS: usize = 12;
+/// Rows and vectors of weights of [`broadcast_peak`]: sums enough to hide the latency, few enough for 16 registers.
+const PEAK: [usize; 2] = [6, 2];
 
 /// Operations of a round of [`broadcast_peak`].
 pub(crate) const fn peak_ops<L: Lanes>() -> usize {
-    2 * PEAK_CHAINS * L::COLUMNS * L::K
+    2 * PEAK[0] * PEAK[1] * L::COLUMNS * L::K
 }
 
-/// Multiplies registers `rounds` times.
+/// Multiplies registers `rounds` times. The groups of inputs, for which 16 registers have no room, come from a line of L1.
 ///
 /// # Safety
 /// The machine has the instruction set.
 #[inline(always)]
 pub(crate) unsafe fn broadcast_peak<L: Lanes>(rounds: usize) {
-    // Products that differ, of numbers that the optimizer doesn't know, or it would compute them once.
-    const A: usize = 2;
-    const B: usize = PEAK_CHAINS / A;
-    let bytes = std::hint::black_box([[1u8; 64]; B]);
-    // SAFETY: no vector is longer than 64 bytes.
+    // Of numbers that the optimizer doesn't know, or it would compute products once.
+    let (a, b) = std::hint::black_box(([[1u8; 4]; PEAK[0]], [[1u8; 64]; PEAK[1]]));
+    // SAFETY: no vector is longer than 64 bytes, no group of inputs longer than 4.
     unsafe {
-        let a: [L::A; A] = std::array::from_fn(|i| L::splat_a(bytes[i].as_ptr()));
-        let mut acc = [L::zero(); PEAK_CHAINS];
+        let b: [L::B; PEAK[1]] = std::array::from_fn(|i| L::load_b(b[i].as_ptr()));
+        let mut acc = [[L::zero(); PEAK[1]]; PEAK[0]];
         for _ in 0..rounds {
-            let bytes = std::hint::black_box(&bytes);
-            let b: [L::B; B] = std::array::from_fn(|i| L::load_b(bytes[i].as_ptr()));
-            for (i, acc) in acc.iter_mut().enumerate() {
-                *acc = L::multiply(*acc, a[i / B], b[i % B]);
+            let a = std::hint::black_box(&a);
+            for (acc, a) in acc.iter_mut().zip(a) {
+                let a = L::splat_a(a.as_ptr());
+                *acc = std::array::from_fn(|i| L::multiply(acc[i], a, b[i]));
             }
         }
         std::hint::black_box(acc);
