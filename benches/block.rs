@@ -43,7 +43,7 @@ fn made_up(kind: &WeightKind, encoding: Encoding) -> Lines {
 fn block(criterion: &mut Criterion) {
     let (isa, workers) = (Isa::detect(), Workers::new(threads()));
     let cfg = presets::card(Family::Sd15).unet;
-    let network = unet_block(&cfg, UnetInput { batch: 2, h: 64, w: 64, tokens: 77 });
+    let network = unet_block(&cfg, UnetInput { batch: 2, h: 64, w: 64, tokens: 77, timesteps: 1 });
     let mut group = criterion.benchmark_group("block");
     group.sample_size(10);
     for (encoding, precision) in
@@ -69,10 +69,11 @@ fn block(criterion: &mut Criterion) {
             input.copy_from_slice(&noise(input.len()));
         }
         let Ok(()) = session.prologue(0, &mut Unwatched);
+        let Ok(()) = session.schedule(0, &mut Unwatched);
         group.throughput(Throughput::Elements(plan.operations()));
         group.bench_function(BenchmarkId::new(encoding.name(), precision.name()), |bencher| {
             bencher.iter(|| {
-                let Ok(()) = session.pass(0, &mut Unwatched);
+                let Ok(()) = session.pass(0, 0, &mut Unwatched);
             });
         });
     }

@@ -72,10 +72,9 @@ pub fn predict(golden: &Golden, pipeline: &Pipeline) -> Vec<Vec<f32>> {
     let mut denoiser = Denoiser::new(pipeline, &plan, rows.to_vec(), &request).unwrap();
     let mut guided = vec![0.; 4 * h * w];
     denoiser
-        .run(&mut |_| Control::Continue, |predictor, event| {
+        .run(golden.values("timestep"), &mut |_| Control::Continue, |predictor, event| {
             let mut each = |i: usize| {
-                let timestep = golden.values("timestep")[i];
-                predictor.predict(golden.values("latents"), timestep, &mut guided, event)?;
+                predictor.predict(golden.values("latents"), i, &mut guided, event)?;
                 Ok::<_, engine::Error>(predictor.noises().swap_remove(i))
             };
             Ok(vec![each(0)?, each(1)?])

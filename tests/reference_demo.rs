@@ -66,14 +66,14 @@ fn prediction_errors(golden: &Golden, pipeline: &Pipeline, stride: usize) -> Vec
     let mut input = vec![0.; run.len];
     let mut guided = vec![0.; run.len];
     denoiser
-        .run(&mut |_| Control::Continue, |predictor, event| {
+        .run(timesteps, &mut |_| Control::Continue, |predictor, event| {
             for i in (0..timesteps.len()).step_by(stride) {
                 let latents = match i {
                     0 => golden.values("noise").iter().map(|x| x * sampler.init_noise_sigma()).collect(),
                     _ => golden.row("latents", i - 1).to_vec(),
                 };
                 sampler.scale_model_input(&latents, i, &mut input);
-                predictor.predict(&input, timesteps[i], &mut guided, event)?;
+                predictor.predict(&input, i, &mut guided, event)?;
                 for (noise, name) in predictor.noises().iter().zip(["eps_uncond", "eps_cond"]) {
                     errors.push(relative_error(noise, golden.row(name, i)));
                 }

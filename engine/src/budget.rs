@@ -8,8 +8,8 @@
 use crate::card::Card;
 use crate::error::{Error, Result};
 use crate::graph::weight::{Stored, WeightSpec};
-use crate::graph::{Network, Options, Plan};
-use crate::models::{Part, UnetInput, clip, unet, vae_decoder, vae_encoder};
+use crate::graph::{Network, Options, Plan, Rate};
+use crate::models::{Part, TIMESTEPS, UnetInput, clip, unet, vae_decoder, vae_encoder};
 use crate::pipeline::Settings;
 use crate::precision::Precision;
 
@@ -42,7 +42,7 @@ pub struct PartPlan {
     pub resident_bytes: u64,
     /// See `resident_bytes`.
     pub window_bytes: u64,
-    /// Weights that are read again in every pass.
+    /// Weights that are read again in every pass; of a network that has one pass, those that don't stay.
     pub streamed_bytes: u64,
 }
 
@@ -134,7 +134,8 @@ pub fn plan(
         parts.push((Part::VaeEncoder, vec![(vae_encoder(&card.vae, 1, run.h * factor, run.w * factor), 1)]));
     }
     let tokens = card.text_encoders.first().map_or(77, |c| c.max_position_embeddings);
-    let passes = |batch| unet(&card.unet, UnetInput { batch, h: run.h, w: run.w, tokens });
+    let size = UnetInput { batch: 1, h: run.h, w: run.w, tokens, timesteps: TIMESTEPS };
+    let passes = |batch| unet(&card.unet, UnetInput { batch, ..size });
     let mut denoisers = vec![(passes(run.prompts), 1)];
     if run.prompts > 1 && takes_turns(&denoisers[0].0, stored, options(Part::Unet))? {
         denoisers.push((passes(1), run.prompts));
@@ -240,7 +241,10 @@ fn pin(part: Part, plan: Plan, banks: usize, room: u64) -> PartPlan {
             resident_bytes += bytes;
         }
     }
-    let streamed = |i: &usize| !resident[*i];
-    let streamed_bytes = (0..steps).filter(streamed).map(|i| plan.step_bytes(i) as u64).sum();
+    let again = match plan.steps(Rate::Step) {
+        none if none.is_empty() => 0..steps,
+        pass => pass,
+    };
+    let streamed_bytes = again.filter(|&i| !resident[i]).map(|i| plan.step_bytes(i) as u64).sum();
     PartPlan { part, plan, banks, resident, resident_bytes, window_bytes, streamed_bytes }
 }

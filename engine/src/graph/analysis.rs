@@ -24,7 +24,7 @@ pub(super) fn stream_values(network: &Network, narrow: bool) -> Vec<bool> {
     }
     // Copies are like what they are copied from.
     for (i, node) in network.nodes.iter().enumerate().rev() {
-        if let Node::Resize { x } = *node {
+        if let Node::Resize { x } | Node::AtTimestep { x } = *node {
             stream[x.0] |= stream[i];
         }
     }

@@ -9,11 +9,14 @@ use kernels::view::Border;
 
 use super::weight::{OutputOrder, Role, Stored, WeightKind, WeightSpec};
 
-/// How often a value changes during a run. What depends on the prompt alone is computed once per run.
+/// How often a value is computed. What depends on the prompt alone is computed once per run, what depends on timesteps but not
+/// on latents for many timesteps at a time, ahead of their steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Rate {
     /// Once per run.
     Run,
+    /// For a number of timesteps at a time, which are its columns of pixels.
+    Schedule,
     /// In every step.
     Step,
 }
@@ -105,6 +108,11 @@ pub(super) enum Node {
         table: usize,
         positions: usize,
     },
+    /// Of a value of rate [`Rate::Schedule`] the rows of the timestep at hand; the same images over and over, where `dims` has
+    /// more.
+    AtTimestep {
+        x: Tensor,
+    },
     /// Nearest neighbour: twice the size, less a last row or column, or the same images over and over, where `dims` says so.
     Resize {
         x: Tensor,
@@ -119,7 +127,7 @@ impl Node {
                 [Some(x), image_bias, residual].into_iter().flatten().collect()
             }
             Node::GroupNorm { x, .. } | Node::LayerNorm { x, .. } => vec![x],
-            Node::Activate { x, .. } | Node::Resize { x } => vec![x],
+            Node::Activate { x, .. } | Node::Resize { x } | Node::AtTimestep { x } => vec![x],
             Node::Concat { a, b } => vec![a, b],
             Node::Attention { q, k, v, .. } => vec![q, k, v],
             Node::Lookup { ids, .. } => vec![ids],
@@ -139,7 +147,7 @@ impl Node {
 }
 
 /// A described network: values and nodes (node `i` makes value `i`), and the weights in the order in which a run meets
-/// them: what depends on the prompt alone first.
+/// them: what depends on the prompt alone first, then what depends on timesteps alone.
 #[derive(Clone, Debug)]
 pub struct Network {
     pub(super) values: Vec<Value>,
@@ -245,7 +253,7 @@ impl Network {
     /// Nodes in execution order.
     pub(super) fn order(&self) -> impl Iterator<Item = usize> + '_ {
         let of = |rate| (0..self.nodes.len()).filter(move |&i| self.values[i].rate == rate);
-        of(Rate::Run).chain(of(Rate::Step))
+        of(Rate::Run).chain(of(Rate::Schedule)).chain(of(Rate::Step))
     }
 }
 
@@ -486,6 +494,19 @@ impl Builder {
         }
         let path = self.name("repeat");
         self.push(Node::Resize { x }, Dims { batch, ..dims }, self.channels(x), path)
+    }
+
+    /// The rows `[batch, c]` of the timestep at hand, of `x` `[images, timesteps, c]`; the same images over and over.
+    ///
+    /// # Panics
+    /// Where `x` is computed in every step anyway, or `batch` is no multiple of the images.
+    pub fn at_timestep(&mut self, x: Tensor, batch: usize) -> Tensor {
+        let (dims, path) = (self.dims(x), self.name("at_timestep"));
+        assert!(batch.is_multiple_of(dims.batch), "{} images for {batch} in {path}", dims.batch);
+        assert!(self.values[x.0].rate < Rate::Step && dims.h == 1, "{dims:?} for timesteps in {path}");
+        let t = self.push(Node::AtTimestep { x }, Dims { batch, h: 1, w: 1 }, self.channels(x), path);
+        self.values[t.0].rate = Rate::Step;
+        t
     }
 
     /// The finished network.

@@ -16,7 +16,7 @@ use kernels::{Isa, Workers, bf16, f16};
 
 use super::arena::Arena;
 use super::bands::{Band, BandOp, Bands, Extent};
-use super::builder::Dims;
+use super::builder::{Dims, Rate};
 use super::plan::Plan;
 use super::profile::Profile;
 use super::steps::{
@@ -71,6 +71,8 @@ pub struct Session<'a> {
     weights: Vec<&'a [u8]>,
     arena: &'a mut Arena,
     banks: usize,
+    /// The one at hand, of those that the last [`Session::schedule`] was for.
+    timestep: usize,
     workers: &'a Workers,
     isa: Isa,
     observer: Option<&'a Observer>,
@@ -79,7 +81,7 @@ pub struct Session<'a> {
 
 impl std::fmt::Debug for Session<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Session({} steps, {} banks)", self.plan.steps().1.len(), self.banks)
+        write!(f, "Session({} steps, {} banks)", self.plan.steps(Rate::Step).len(), self.banks)
     }
 }
 
@@ -101,7 +103,7 @@ impl<'a> Session<'a> {
             assert_eq!(w.len(), plan.stored_bytes(i), "bytes of {}", plan.weights()[i].name);
         }
         assert!(plan.arena_bytes(banks) <= arena.bytes(), "an arena of {} bytes", arena.bytes());
-        Session { plan, weights, arena, banks, workers, isa, profile: None, observer: None }
+        Session { plan, weights, arena, banks, timestep: 0, workers, isa, profile: None, observer: None }
     }
 
     /// Shows operands to `observer`.
@@ -115,7 +117,7 @@ impl<'a> Session<'a> {
     }
 
     /// Where the caller writes input `name` of f32 numbers. Inputs of rate `Run` are written before [`Session::prologue`],
-    /// those of rate `Step` before each [`Session::pass`].
+    /// those of rate `Schedule` before [`Session::schedule`], those of rate `Step` before each [`Session::pass`].
     ///
     /// # Panics
     /// Where the network has no such input.
@@ -151,14 +153,18 @@ impl<'a> Session<'a> {
 
     /// Runs what depends on inputs of rate `Run` alone.
     pub fn prologue<E>(&mut self, bank: usize, watch: &mut impl Watch<E>) -> Result<(), E> {
-        let once = self.plan.steps().0.len();
-        self.run(0..once, bank, watch)
+        self.run(self.plan.steps(Rate::Run), bank, watch)
     }
 
-    /// Runs the steps of one pass.
-    pub fn pass<E>(&mut self, bank: usize, watch: &mut impl Watch<E>) -> Result<(), E> {
-        let once = self.plan.steps().0.len();
-        self.run(once..self.plan.all_steps().len(), bank, watch)
+    /// Runs what depends on inputs of rate `Schedule` too: for all timesteps that these hold.
+    pub fn schedule<E>(&mut self, bank: usize, watch: &mut impl Watch<E>) -> Result<(), E> {
+        self.run(self.plan.steps(Rate::Schedule), bank, watch)
+    }
+
+    /// Runs the steps of one pass, at timestep number `timestep` of those of [`Session::schedule`].
+    pub fn pass<E>(&mut self, bank: usize, timestep: usize, watch: &mut impl Watch<E>) -> Result<(), E> {
+        self.timestep = timestep;
+        self.run(self.plan.steps(Rate::Step), bank, watch)
     }
 
     fn run<E>(&mut self, steps: Range<usize>, bank: usize, watch: &mut impl Watch<E>) -> Result<(), E> {
@@ -432,6 +438,12 @@ impl<'a> Session<'a> {
                     for ((y, a), b) in row.iter_mut().zip(word).zip(place) {
                         *y = a.to_f32() + b.to_f32();
                     }
+                }
+            }
+            Op::AtTimestep { x, from, batch, out } => {
+                let (rows, out) = (self.read::<f32>(x.buf, bank), self.write::<f32>(out.buf, bank));
+                for (image, out) in out.chunks_exact_mut(x.c).take(batch).enumerate() {
+                    out.copy_from_slice(&rows[(image % from.batch * from.w + self.timestep) * x.c..][..x.c]);
                 }
             }
             Op::Resize { x, from, to, out } => match x.kind {

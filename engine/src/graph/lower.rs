@@ -71,8 +71,8 @@ impl Options {
 #[derive(Debug)]
 pub(super) struct Lowered {
     pub(super) steps: Vec<Step>,
-    /// Steps before this one depend on inputs of rate `Run` alone.
-    pub(super) prologue: usize,
+    /// Steps before the first depend on inputs of rate `Run` alone, steps before the second also on those of rate `Schedule`.
+    pub(super) ends: [usize; 2],
     /// Sizes of the buffers.
     pub(super) bytes: Vec<usize>,
     pub(super) inputs: Vec<(String, RowsBuf, Rate)>,
@@ -102,16 +102,19 @@ pub(super) fn lower(
         steps: vec![],
         inputs: vec![],
     };
-    let mut prologue = 0;
+    let mut ends = [0; 2];
     for (at, i) in network.order().enumerate() {
         l.node(i, at);
-        if network.values[i].rate == Rate::Run {
-            prologue = l.steps.len();
+        // What is made of a rate's values as late as a reader wants it is of that reader's rate.
+        for (end, rate) in ends.iter_mut().zip([Rate::Run, Rate::Schedule]) {
+            if network.values[i].rate <= rate {
+                *end = l.steps.len();
+            }
         }
     }
     let outputs: Vec<_> = network.outputs.iter().map(|(name, t)| (name.clone(), l.rows_of(*t))).collect();
     if network.values.iter().all(|v| v.rate == Rate::Run) {
-        prologue = l.steps.len(); // an output's own pass included
+        ends = [l.steps.len(); 2]; // an output's own pass included
     }
     let weights: Vec<usize> = l.steps.iter().map(|step| l.weight_bytes(&step.weights)).collect();
     let Lowering { mut bytes, mut steps, inputs, rows, .. } = l;
@@ -122,7 +125,7 @@ pub(super) fn lower(
         }
     }
     let rows = rows.into_iter().enumerate().filter_map(|(i, r)| Some((Tensor(i), r?))).collect();
-    Lowered { steps, prologue, bytes, inputs, outputs, rows }
+    Lowered { steps, ends, bytes, inputs, outputs, rows }
 }
 
 struct Lowering<'a> {
@@ -409,6 +412,12 @@ impl Lowering<'_> {
                 let ids = self.rows_of(ids).buf;
                 let out = self.new_rows(t, RowsKind::F32);
                 self.step(t, Op::Lookup { ids, table, positions, out }, vec![table, positions]);
+            }
+            Node::AtTimestep { x } => {
+                let (from, batch) = (self.network.values[x.0].dims, self.network.values[i].dims.batch);
+                let x = self.rows_of(x);
+                let out = self.new_rows(t, x.kind);
+                self.step(t, Op::AtTimestep { x, from, batch, out }, vec![]);
             }
             Node::Resize { x } => {
                 let (from, to) = (self.network.values[x.0].dims, self.network.values[i].dims);

@@ -1,6 +1,8 @@
 //! A network lowered: steps over one arena, with a place for every buffer.
 #![forbid(unsafe_code)]
 
+use std::ops::Range;
+
 use kernels::layout::Encoding;
 
 use super::analysis::can_be_remade;
@@ -17,13 +19,13 @@ const AIMS: [(usize, usize); 9] = [(7, 8), (3, 4), (5, 8), (1, 2), (3, 8), (1, 3
 
 /// A network lowered for a precision and the encodings of a file: steps over one arena.
 ///
-/// The arena begins with `banks` copies of what outlives a step (values of rate [`Rate::Run`] that steps read), so that the
-/// two guidance passes can take turns; the rest is shared.
+/// The arena begins with `banks` copies of what outlives a step (values of rates [`Rate::Run`] and [`Rate::Schedule`] that later
+/// steps read), so that the two guidance passes can take turns; the rest is shared.
 #[derive(Clone, Debug)]
 pub struct Plan {
     steps: Vec<Step>,
-    /// Steps before this one run once per run and bank.
-    prologue: usize,
+    /// Steps before the first run once per run and bank, those before the second once for a number of timesteps.
+    ends: [usize; 2],
     weights: Vec<WeightSpec>,
     encodings: Vec<Option<Encoding>>,
     inputs: Vec<(String, RowsBuf, Rate)>,
@@ -169,11 +171,12 @@ impl Plan {
         options: Options,
         remade: &[Tensor],
     ) -> Plan {
-        let Lowered { steps, prologue, bytes, inputs, outputs, rows } =
+        let Lowered { steps, ends, bytes, inputs, outputs, rows } =
             lower(network, encodings, options, remade);
-        let lives = lives(&steps, prologue, &bytes, &inputs, &outputs);
-        // What the prologue leaves for the steps outlives them all, in a part of the arena of its own.
-        let persistent: Vec<bool> = lives.iter().map(|l| l.first < prologue && l.last >= prologue).collect();
+        let lives = lives(&steps, ends, &bytes, &inputs, &outputs);
+        // What steps leave for those of another rate outlives them all, in a part of the arena of its own.
+        let outlives = |l: &Life| ends.iter().any(|&end| l.first < end && l.last >= end);
+        let persistent: Vec<bool> = lives.iter().map(outlives).collect();
         let mut regions = vec![Region::default(); lives.len()];
         let mut sizes = [0; 2];
         for keep in [false, true] {
@@ -187,7 +190,7 @@ impl Plan {
         }
         Plan {
             steps,
-            prologue,
+            ends,
             weights: network.weights().to_vec(),
             encodings: encodings.to_vec(),
             inputs,
@@ -217,9 +220,14 @@ impl Plan {
         self.steps[i].weights.iter().map(bytes).sum()
     }
 
-    /// Steps that run once per run and bank, then the steps of every pass.
-    pub fn steps(&self) -> (&[Step], &[Step]) {
-        self.steps.split_at(self.prologue)
+    /// The steps of `rate`, places in [`Plan::all_steps`].
+    pub fn steps(&self, rate: Rate) -> Range<usize> {
+        let [run, schedule] = self.ends;
+        match rate {
+            Rate::Run => 0..run,
+            Rate::Schedule => run..schedule,
+            Rate::Step => schedule..self.steps.len(),
+        }
     }
 
     /// The weights, in the order in which steps first meet them, with the vectors of factors.
@@ -289,7 +297,7 @@ impl Plan {
 /// rate, outputs are read after the last step.
 fn lives(
     steps: &[Step],
-    prologue: usize,
+    [run, schedule]: [usize; 2],
     bytes: &[usize],
     inputs: &[(String, RowsBuf, Rate)],
     outputs: &[(String, RowsBuf)],
@@ -305,7 +313,12 @@ fn lives(
         reads.into_iter().chain(writes).for_each(|buf| touch(buf, i));
     }
     for (_, rows, rate) in inputs {
-        touch(rows.buf, if *rate == Rate::Run { 0 } else { prologue });
+        let first = match rate {
+            Rate::Run => 0,
+            Rate::Schedule => run,
+            Rate::Step => schedule,
+        };
+        touch(rows.buf, first);
     }
     for (_, rows) in outputs {
         touch(rows.buf, steps.len());

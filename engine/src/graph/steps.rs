@@ -160,6 +160,13 @@ pub(super) enum Op {
         to: Dims,
         out: RowsBuf,
     },
+    /// `batch` rows of f32, of the timestep at hand, from `from`, whose columns of pixels are timesteps.
+    AtTimestep {
+        x: RowsBuf,
+        from: Dims,
+        batch: usize,
+        out: RowsBuf,
+    },
 }
 
 /// One operation of a plan.
@@ -184,7 +191,7 @@ impl Step {
             Op::Rows { .. } => "pass",
             Op::Attention { .. } => "attention",
             Op::Lookup { .. } => "lookup",
-            Op::Resize { .. } => "resize",
+            Op::Resize { .. } | Op::AtTimestep { .. } => "resize",
         }
     }
 
@@ -221,6 +228,7 @@ impl Op {
             Op::Resize { x, from, to, out } => {
                 x.bytes(from.batch * from.h * from.w) + out.bytes(to.batch * to.h * to.w)
             }
+            Op::AtTimestep { batch, out, .. } => 2 * out.bytes(*batch),
         }
     }
 
@@ -277,7 +285,7 @@ impl Op {
                 reads.push(*ids);
                 writes.push(out.buf);
             }
-            Op::Resize { x, out, .. } => {
+            Op::Resize { x, out, .. } | Op::AtTimestep { x, out, .. } => {
                 reads.push(x.buf);
                 writes.push(out.buf);
             }

@@ -41,13 +41,19 @@ impl Part {
     }
 }
 
+/// Timesteps whose embeddings a run makes at a time: their weights, a sixteenth of SD 1.5's, are then met once for so many steps.
+pub const TIMESTEPS: usize = 16;
+
 /// Every network of a model, at a small size: what weights there are doesn't depend on it. They are in the order in which a run
 /// needs them, the encoder (which only some runs need) last.
 pub fn networks(card: &Card) -> Vec<(Part, Network)> {
     let encoders = card.text_encoders.iter().enumerate();
     let mut parts: Vec<_> =
         encoders.map(|(i, c)| (Part::TextEncoder(i), clip(i, c, 1, c.output_layer))).collect();
-    parts.push((Part::Unet, unet(&card.unet, UnetInput { batch: 1, h: 8, w: 8, tokens: 77 })));
+    parts.push((
+        Part::Unet,
+        unet(&card.unet, UnetInput { batch: 1, h: 8, w: 8, tokens: 77, timesteps: TIMESTEPS }),
+    ));
     parts.extend(vae_networks(&card.vae));
     parts
 }

@@ -26,27 +26,29 @@ pub struct UnetInput {
     pub w: usize,
     /// Tokens of context.
     pub tokens: usize,
+    /// Timesteps whose embeddings are made at a time.
+    pub timesteps: usize,
 }
 
 /// Noise predictions of one picture for several prompts. What comes before the first attention to a prompt is the same for
 /// all and computed once, unless the config has a `size` for each.
 ///
 /// Inputs: `latents` `[images, h, w, in_channels]`, where `images` is `batch` with a `size` and 1 without; `time`
-/// `[images, c0]`, the sinusoidal embedding of the timestep; `context` `[batch, tokens, cross_attention_dim]`; where the config
-/// has them, `guidance` `[images, time_cond_proj_dim]` and `size` `[batch, projection_input_dim]`. Output: `noise`
-/// `[batch, h, w, out_channels]`.
+/// `[images, timesteps, c0]`, the sinusoidal embeddings of timesteps; `context` `[batch, tokens, cross_attention_dim]`; where
+/// the config has them, `guidance` `[images, timesteps, time_cond_proj_dim]` and `size` `[batch, projection_input_dim]`. Output:
+/// `noise` `[batch, h, w, out_channels]`.
 pub fn unet(cfg: &UnetConfig, size: UnetInput) -> Network {
-    let UnetInput { batch, h, w, tokens } = size;
+    let UnetInput { batch, h, w, tokens, timesteps } = size;
     let mut b = Builder::new("unet");
     let c0 = cfg.block_out_channels[0];
     let images = if cfg.addition_embed.is_some() { batch } else { 1 };
-    let rows = Dims { batch: images, h: 1, w: 1 };
+    let rows = Dims { batch: images, h: 1, w: timesteps };
     let latents = b.input("latents", Dims { batch: images, h, w }, cfg.in_channels, Rate::Step);
-    let time = b.input("time", rows, c0, Rate::Step);
+    let time = b.input("time", rows, c0, Rate::Schedule);
     let context = b.input("context", Dims { batch, h: 1, w: tokens }, cfg.cross_attention_dim, Rate::Run);
 
     let aug = cfg.addition_embed.map(|a| {
-        let size = b.input("size", rows, a.projection_input_dim, Rate::Run);
+        let size = b.input("size", Dims { w: 1, ..rows }, a.projection_input_dim, Rate::Run);
         b.within("add_embedding", |b| embedding(b, size, 4 * c0, None))
     });
     let time = match cfg.time_cond_proj_dim {
@@ -59,7 +61,7 @@ pub fn unet(cfg: &UnetConfig, size: UnetInput) -> Network {
         None => time,
     };
     let emb = b.within("time_embedding", |b| embedding(b, time, 4 * c0, aug));
-    let emb = b.activate(emb, Activation::Silu); // [images, 4 c0]: every residual block begins so
+    let emb = b.activate(emb, Activation::Silu); // [images, timesteps, 4 c0]: every residual block begins so
 
     let x = b.conv3x3(latents, "conv_in", c0, Role::ConvIn).build();
     let net = Blocks { cfg, emb, context };
@@ -77,14 +79,14 @@ pub fn unet(cfg: &UnetConfig, size: UnetInput) -> Network {
 /// A residual block of the finest level and the transformer behind it, as every step of a run goes through several: what a
 /// bench measures.
 ///
-/// Inputs: `hidden_states` `[batch, h, w, c0]`; `emb` `[batch, 4 c0]`, activated; `context`
+/// Inputs: `hidden_states` `[batch, h, w, c0]`; `emb` `[batch, timesteps, 4 c0]`, activated; `context`
 /// `[batch, tokens, cross_attention_dim]`. Output: `out` `[batch, h, w, c0]`.
 pub fn unet_block(cfg: &UnetConfig, size: UnetInput) -> Network {
-    let UnetInput { batch, h, w, tokens } = size;
+    let UnetInput { batch, h, w, tokens, timesteps } = size;
     let mut b = Builder::new("unet");
     let c = cfg.block_out_channels[0];
     let x = b.input("hidden_states", Dims { batch, h, w }, c, Rate::Step);
-    let emb = b.input("emb", Dims { batch, h: 1, w: 1 }, 4 * c, Rate::Step);
+    let emb = b.input("emb", Dims { batch, h: 1, w: timesteps }, 4 * c, Rate::Schedule);
     let context = b.input("context", Dims { batch, h: 1, w: tokens }, cfg.cross_attention_dim, Rate::Run);
     let net = Blocks { cfg, emb, context };
     let out = b.within("down_blocks.0", |b| {
@@ -95,19 +97,19 @@ pub fn unet_block(cfg: &UnetConfig, size: UnetInput) -> Network {
     b.finish()
 }
 
-/// linear, SiLU, linear.
+/// linear, SiLU, linear; `add` `[images, n]` is added to all pixels of an image.
 fn embedding(b: &mut Builder, x: Tensor, n: usize, add: Option<Tensor>) -> Tensor {
     let x = b.linear(x, "linear_1", n, Role::Embedding).activation(Activation::Silu).build();
     let out = b.linear(x, "linear_2", n, Role::Embedding);
     match add {
-        Some(t) => out.residual(t).build(),
+        Some(t) => out.image_bias(t).build(),
         None => out.build(),
     }
 }
 
 struct Blocks<'a> {
     cfg: &'a UnetConfig,
-    /// `[images, 4 c0]`, activated.
+    /// `[images, timesteps, 4 c0]`, activated.
     emb: Tensor,
     /// `[batch, tokens, cross_attention_dim]`.
     context: Tensor,
@@ -227,7 +229,7 @@ pub(super) fn resnet(
 ) -> Tensor {
     let shift = emb.map(|emb| {
         let t = b.linear(emb, "time_emb_proj", c, Role::TimeShift).build();
-        b.repeat(t, b.dims(x).batch)
+        b.at_timestep(t, b.dims(x).batch)
     });
     let y = b.group_norm(x, "norm1", groups, eps, Activation::Silu);
     let y = b.conv3x3(y, "conv1", c, Role::Conv);

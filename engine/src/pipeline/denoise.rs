@@ -6,7 +6,7 @@ use crate::budget::MemoryPlan;
 use crate::card::UnetConfig;
 use crate::error::Result;
 use crate::graph::Session;
-use crate::models::Part;
+use crate::models::{Part, TIMESTEPS};
 use crate::weights::Stream;
 
 /// The denoiser for pictures of one size and one prompt.
@@ -21,12 +21,15 @@ pub struct Denoiser<'p> {
     guidance_scale: f32,
 }
 
-/// The denoiser at work: what depends on the prompt alone is computed.
+/// The denoiser at work: what depends on the prompt alone is computed, and what depends on timesteps for some of them.
 pub struct Predictor<'s, 'a, 'f> {
     session: &'s mut Session<'a>,
     stream: &'s Stream<'f>,
     unet: &'s UnetConfig,
     banks: usize,
+    timesteps: &'s [f32],
+    /// The first of the timesteps, [`TIMESTEPS`] at most, whose embeddings are made.
+    embedded: Option<usize>,
     guidance_scale: f32,
     /// The last prediction for each conditioning, `[h * w, c]`.
     noises: Vec<Vec<f32>>,
@@ -44,9 +47,10 @@ impl<'p> Denoiser<'p> {
         Ok(Denoiser { pipeline, plan, conditioning, sizes, guidance_scale: request.guidance_scale })
     }
 
-    /// Prepares the prompt and calls `work` with the predictor.
+    /// Prepares the prompt and calls `work` with a predictor for `timesteps`.
     pub fn run<T>(
         &mut self,
+        timesteps: &[f32],
         event: &mut OnEvent<'_>,
         work: impl FnOnce(&mut Predictor<'_, '_, '_>, &mut OnEvent<'_>) -> Result<T>,
     ) -> Result<T> {
@@ -73,31 +77,33 @@ impl<'p> Denoiser<'p> {
             let Watching { stream, event, .. } = watch;
             let noises = vec![vec![]; self.conditioning.len()];
             let guidance_scale = self.guidance_scale;
-            work(&mut Predictor { session, stream, unet, banks, guidance_scale, noises }, *event)
+            let embedded = None;
+            work(
+                &mut Predictor { session, stream, unet, banks, timesteps, embedded, guidance_scale, noises },
+                *event,
+            )
         })
     }
 }
 
 impl Predictor<'_, '_, '_> {
-    /// The network's output at `timestep` for `latents` `[c, h, w]`, after guidance, into `out` `[c, h, w]`.
+    /// The network's output at timestep number `i` for `latents` `[c, h, w]`, after guidance, into `out` `[c, h, w]`.
     pub fn predict(
         &mut self,
         latents: &[f32],
-        timestep: f32,
+        i: usize,
         out: &mut [f32],
         event: &mut OnEvent<'_>,
     ) -> Result<()> {
         let c = self.unet.in_channels;
-        let dim = self.unet.block_out_channels[0];
         let batch = self.noises.len() / self.banks;
+        let first = self.embed(i, event)?;
         for bank in 0..self.banks {
             for image in self.session.input("latents", bank).chunks_exact_mut(latents.len()) {
                 to_pixels(latents, c, image);
             }
-            let rows = self.session.input("time", bank).chunks_exact_mut(dim);
-            rows.for_each(|row| sinusoid(timestep, dim, row));
             let mut watch = Watching { stream: self.stream, event, part: super::Part::Denoiser };
-            self.session.pass(bank, &mut watch)?;
+            self.session.pass(bank, i - first, &mut watch)?;
             let noise = self.session.output("noise"); // [batch, h * w, c]
             for (kept, noise) in
                 self.noises[bank * batch..].iter_mut().zip(noise.chunks_exact(noise.len() / batch))
@@ -119,6 +125,27 @@ impl Predictor<'_, '_, '_> {
             _ => unreachable!("one prompt or two"),
         }
         Ok(())
+    }
+
+    /// Sees to it that the embedding of timestep number `i` is made, and gives the number of the first that are.
+    fn embed(&mut self, i: usize, event: &mut OnEvent<'_>) -> Result<usize> {
+        let first = i / TIMESTEPS * TIMESTEPS;
+        if self.embedded == Some(first) {
+            return Ok(first);
+        }
+        let timesteps = &self.timesteps[first..];
+        let dim = self.unet.block_out_channels[0];
+        for bank in 0..self.banks {
+            for image in self.session.input("time", bank).chunks_exact_mut(dim * TIMESTEPS) {
+                image.fill(0.0);
+                let rows = image.chunks_exact_mut(dim);
+                rows.zip(timesteps).for_each(|(row, &timestep)| sinusoid(timestep, dim, row));
+            }
+            let mut watch = Watching { stream: self.stream, event, part: super::Part::Denoiser };
+            self.session.schedule(bank, &mut watch)?;
+        }
+        self.embedded = Some(first);
+        Ok(first)
     }
 
     /// The network's output of the last prediction before guidance, `[c, h, w]` for each conditioning.

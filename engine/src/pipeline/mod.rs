@@ -138,13 +138,13 @@ impl Pipeline {
         latents.iter_mut().for_each(|x| *x *= sigma);
 
         let timesteps = sampler.timesteps().to_vec();
-        Denoiser::new(self, &plan, conditioning, request)?.run(event, |predictor, event| {
+        Denoiser::new(self, &plan, conditioning, request)?.run(&timesteps, event, |predictor, event| {
             let mut input = vec![0.0; latents.len()];
             let mut noise = vec![0.0; latents.len()];
-            for (i, &t) in timesteps.iter().enumerate() {
+            for i in 0..timesteps.len() {
                 let clock = Instant::now();
                 sampler.scale_model_input(&latents, i, &mut input);
-                predictor.predict(&input, t, &mut noise, event)?;
+                predictor.predict(&input, i, &mut noise, event)?;
                 sampler.step(i, &noise, &mut latents, &mut rng);
                 let seconds = clock.elapsed().as_secs_f64();
                 timings.steps_s.push(seconds);
