@@ -49,23 +49,20 @@ pub fn run(pipeline: &Pipeline, request: &Request, go_on: GoOn<'_>) -> Result<Tr
     let timesteps = sampler.timesteps().to_vec();
     let (mut inputs, mut noises, mut along) = (vec![], vec![], vec![]);
     let mut event = |_| go_on();
-    Denoiser::new(pipeline, &plan, conditioning, request)?.run(
-        &timesteps,
-        &mut event,
-        |predictor, event| {
-            let mut noise = vec![0.0; latents.len()];
-            for i in 0..timesteps.len() {
-                let mut input = vec![0.0; latents.len()];
-                sampler.scale_model_input(&latents, i, &mut input);
-                predictor.predict(&input, i, &mut noise, event)?;
-                inputs.push(input);
-                noises.push(predictor.noises());
-                sampler.step(i, &noise, &mut latents, &mut rng);
-                along.push(latents.clone());
-            }
-            Ok(())
-        },
-    )?;
+    let mut denoiser = Denoiser::new(pipeline, &plan, conditioning, request)?;
+    denoiser.run(&timesteps, &mut event, |predictor, event| {
+        let mut noise = vec![0.0; latents.len()];
+        for i in 0..timesteps.len() {
+            let mut input = vec![0.0; latents.len()];
+            sampler.scale_model_input(&latents, i, &mut input);
+            predictor.predict(&input, i, &mut noise, event)?;
+            inputs.push(input);
+            noises.push(predictor.noises());
+            sampler.step(i, &noise, &mut latents, &mut rng);
+            along.push(latents.clone());
+        }
+        Ok(())
+    })?;
     let rgb8 = pipeline.decode(&Latents { shape, data: latents })?.rgb8();
     Ok(Trajectory { inputs, timesteps, noises, latents: along, rgb8 })
 }
@@ -81,19 +78,16 @@ pub fn errors(
     let (plan, conditioning) = conditioning(pipeline, request, go_on)?;
     let mut errors = vec![];
     let mut event = |_| go_on();
-    Denoiser::new(pipeline, &plan, conditioning, request)?.run(
-        &along.timesteps,
-        &mut event,
-        |predictor, event| {
-            for i in (0..along.inputs.len()).step_by(stride) {
-                let mut noise = vec![0.0; along.inputs[i].len()];
-                predictor.predict(&along.inputs[i], i, &mut noise, event)?;
-                let pairs = predictor.noises().into_iter().zip(&along.noises[i]);
-                errors.extend(pairs.map(|(got, want)| relative_error(&got, want)));
-            }
-            Ok(())
-        },
-    )?;
+    let mut denoiser = Denoiser::new(pipeline, &plan, conditioning, request)?;
+    denoiser.run(&along.timesteps, &mut event, |predictor, event| {
+        for i in (0..along.inputs.len()).step_by(stride) {
+            let mut noise = vec![0.0; along.inputs[i].len()];
+            predictor.predict(&along.inputs[i], i, &mut noise, event)?;
+            let pairs = predictor.noises().into_iter().zip(&along.noises[i]);
+            errors.extend(pairs.map(|(got, want)| relative_error(&got, want)));
+        }
+        Ok(())
+    })?;
     Ok(errors)
 }
 

@@ -26,8 +26,8 @@ pub(super) const PAIR: usize = TILE_COLUMNS / TILE_N;
 const BLOCK_ROWS: usize = 512;
 /// The same where weights are unpacked, which is done again for each block, if so many rows stay where the kernel wants them.
 const UNPACKED_BLOCK_ROWS: usize = 1024;
-/// Most rows of a block that is rounded: rounding weights costs more than widening them, and rows have half the bytes.
-const ROUNDED_BLOCK_ROWS: usize = 256;
+/// Most rows of a block of 16-bit rows, where scratch memory has room for their sums: weights are unpacked again for each block.
+const WIDENED_BLOCK_ROWS: usize = 256;
 /// Most rows of a block that is widened, or whose sums over taps had better stay in L1.
 pub(super) const SMALL_BLOCK_ROWS: usize = 128;
 /// How many times larger a block is whose weights are unpacked: that is done again for each, which costs more than to fetch rows
@@ -119,9 +119,6 @@ pub(super) fn run(
         );
     let taps = if folds { FOLDED_TAPS } else { weight.shape.taps };
     let by_tap = matches!(operand, Operand::U8 { .. }) && taps > 1;
-    let widened_rows = widens.then_some(if rounds { ROUNDED_BLOCK_ROWS } else { SMALL_BLOCK_ROWS });
-    let chunks = chunks(taps, weight.shape.k_padded(), kernel, widened_rows, by_tap, rounds);
-    let keeps = !chunks.iter().all(|chunk| chunk.first && chunk.last);
     let by_image = matches!(operand, Operand::U8Uniform { .. }) || epilogue.image_bias.is_some();
     let row_bytes = (weight.shape.k_padded() * kernel.types.row_bytes()).max(1);
     let columns = epilogue.activation.columns(weight.shape.n);
@@ -137,6 +134,11 @@ pub(super) fn run(
         // Sums of chunks leave half rows no room to wait.
         && !(rounds && epilogue.activation == Activation::Geglu);
     let halves = past && !by_tap && epilogue.activation == Activation::Geglu;
+    // Those of chunks that are added up in f32 don't wait beside them, those of taps and halves of lines do.
+    let large = rounds || kernel.types == Types::S16S16 && !by_tap && !halves;
+    let widened_rows = widens.then_some(if large { WIDENED_BLOCK_ROWS } else { SMALL_BLOCK_ROWS });
+    let chunks = chunks(taps, weight.shape.k_padded(), kernel, widened_rows, by_tap, rounds);
+    let keeps = !chunks.iter().all(|chunk| chunk.first && chunk.last);
     let fits = kernel.block_bytes / row_bytes;
     let block_rows = if let Some(rows) = widened_rows {
         rows

@@ -94,7 +94,7 @@ pub struct GemmKernel {
     pub(crate) fetches: bool,
     /// The function.
     pub(crate) tile: TileFn,
-    /// The multiplications of a tile without its loads.
+    /// The multiplications of a tile whose operands needn't be fetched.
     pub(crate) peak: Peak,
     /// What stands around the tiles, compiled for the same tier.
     pub(crate) steps: &'static Steps,
@@ -105,7 +105,8 @@ pub struct GemmKernel {
 /// [`GemmKernel::block_bytes`] for an L2 of 512 KiB or more.
 pub(crate) const BLOCK_BYTES: usize = 256 * 1024;
 
-/// A kernel's multiplications on registers, independent enough that nothing but the multipliers bounds them.
+/// A kernel's multiplications with their operands in registers, or in a few lines of L1, independent enough that nothing but the
+/// multipliers bounds them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Peak {
     /// Runs this many rounds. Unsafe to call where the machine lacks the tier.

@@ -244,31 +244,30 @@ pub(crate) unsafe fn broadcast_tile<L: Lanes, const R: usize, const V: usize>(t:
     }
 }
 
-/// Rows and vectors of weights of [`broadcast_peak`]: sums enough to hide the latency, few enough for 16 registers.
-const PEAK: [usize; 2] = [6, 2];
-
 /// Operations of a round of [`broadcast_peak`].
-pub(crate) const fn peak_ops<L: Lanes>() -> usize {
-    2 * PEAK[0] * PEAK[1] * L::COLUMNS * L::K
+pub(crate) const fn peak_ops<L: Lanes>(rows: usize, vectors: usize) -> usize {
+    2 * rows * vectors * L::COLUMNS * L::K
 }
 
-/// Multiplies registers `rounds` times. The groups of inputs, for which 16 registers have no room, come from a line of L1.
+/// Takes the same step of a tile of `R` rows by `V` vectors `rounds` times, its operands in a few lines of L1.
 ///
 /// # Safety
 /// The machine has the instruction set.
 #[inline(always)]
-pub(crate) unsafe fn broadcast_peak<L: Lanes>(rounds: usize) {
-    // Of numbers that the optimizer doesn't know, or it would compute products once.
-    let (a, b) = std::hint::black_box(([[1u8; 4]; PEAK[0]], [[1u8; 64]; PEAK[1]]));
+pub(crate) unsafe fn broadcast_peak<L: Lanes, const R: usize, const V: usize>(rounds: usize) {
+    let operands = ([[1u8; 4]; R], [[1u8; 64]; V]);
     // SAFETY: no vector is longer than 64 bytes, no group of inputs longer than 4.
     unsafe {
-        let b: [L::B; PEAK[1]] = std::array::from_fn(|i| L::load_b(b[i].as_ptr()));
-        let mut acc = [[L::zero(); PEAK[1]]; PEAK[0]];
+        let mut acc = [[L::zero(); V]; R];
         for _ in 0..rounds {
-            let a = std::hint::black_box(&a);
-            for (acc, a) in acc.iter_mut().zip(a) {
-                let a = L::splat_a(a.as_ptr());
-                *acc = std::array::from_fn(|i| L::multiply(acc[i], a, b[i]));
+            // Numbers that the optimizer doesn't know, or it would compute products once.
+            let (a, b) = std::hint::black_box(&operands);
+            let weights: [L::B; V] = std::array::from_fn(|v| L::load_b(b[v].as_ptr()));
+            for (row, a) in acc.iter_mut().zip(a) {
+                let x = L::splat_a(a.as_ptr());
+                for (acc, &w) in row.iter_mut().zip(&weights) {
+                    *acc = L::multiply(*acc, x, w);
+                }
             }
         }
         std::hint::black_box(acc);
@@ -307,12 +306,14 @@ macro_rules! broadcast_kernel {
             block_bytes: $crate::gemm::table::BLOCK_BYTES,
             tile: $name,
             peak: {
+                // Of all panels.
+                const V: usize = $nr / <$lanes as $crate::gemm::tile::Lanes>::COLUMNS;
                 $(#[$attribute])*
                 unsafe fn peak(rounds: usize) {
                     // SAFETY: the caller has the instruction set.
-                    unsafe { $crate::gemm::tile::broadcast_peak::<$lanes>(rounds) }
+                    unsafe { $crate::gemm::tile::broadcast_peak::<$lanes, $mr, V>(rounds) }
                 }
-                $crate::gemm::table::Peak { run: peak, ops: $crate::gemm::tile::peak_ops::<$lanes>() }
+                $crate::gemm::table::Peak { run: peak, ops: $crate::gemm::tile::peak_ops::<$lanes>($mr, V) }
             },
             steps: $steps,
             taps: $crate::gemm::table::Types::$types.broadcast_taps(),
