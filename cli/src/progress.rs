@@ -113,30 +113,20 @@ pub(crate) struct PictureProgress {
     progress: Progress,
     steps_done: u64,
     steps: u64,
-    /// Passes of the denoiser that have begun. The first prepares the prompt.
-    passes: u64,
 }
 
 impl PictureProgress {
     pub(crate) fn new(level: Level, title: &str, steps: usize) -> Self {
-        PictureProgress {
-            progress: Progress::new(level, title),
-            steps_done: 0,
-            steps: steps as u64,
-            passes: 0,
-        }
+        PictureProgress { progress: Progress::new(level, title), steps_done: 0, steps: steps as u64 }
     }
 
     pub(crate) fn on(&mut self, event: &Event) {
         let all = self.steps * FINENESS;
         match *event {
             Event::Warning(ref warning) => self.progress.say(&format!("warning: {warning}")),
-            Event::Layer { part: Part::Denoiser, done, of } => {
-                self.passes += u64::from(done == 1);
-                if self.passes > 1 {
-                    let share = FINENESS * done as u64 / of.max(1) as u64;
-                    self.progress.move_to(self.steps_done * FINENESS + share, all);
-                }
+            Event::Layer { part: Part::Denoiser, ahead: false, done, of } => {
+                let share = FINENESS * done as u64 / of.max(1) as u64;
+                self.progress.move_to(self.steps_done * FINENESS + share, all);
             }
             Event::Layer { .. } => {}
             Event::Done(Part::Text) => self.progress.at(0, all, "prompt read"),

@@ -102,7 +102,8 @@ impl Predictor<'_, '_, '_> {
             for image in self.session.input("latents", bank).chunks_exact_mut(latents.len()) {
                 to_pixels(latents, c, image);
             }
-            let mut watch = Watching { stream: self.stream, event, part: super::Part::Denoiser };
+            let mut watch =
+                Watching { stream: self.stream, event, part: super::Part::Denoiser, ahead: false };
             self.session.pass(bank, i - first, &mut watch)?;
             let noise = self.session.output("noise"); // [batch, h * w, c]
             for (kept, noise) in
@@ -141,7 +142,7 @@ impl Predictor<'_, '_, '_> {
                 let rows = image.chunks_exact_mut(dim);
                 rows.zip(timesteps).for_each(|(row, &timestep)| sinusoid(timestep, dim, row));
             }
-            let mut watch = Watching { stream: self.stream, event, part: super::Part::Denoiser };
+            let mut watch = Watching { stream: self.stream, event, part: super::Part::Denoiser, ahead: true };
             self.session.schedule(bank, &mut watch)?;
         }
         self.embedded = Some(first);

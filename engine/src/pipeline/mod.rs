@@ -187,7 +187,10 @@ impl Pipeline {
             models::Part::Unet => Part::Denoiser,
             models::Part::VaeDecoder | models::Part::VaeEncoder => Part::Vae,
         };
-        let out = work(&mut session, &mut Watching { stream: &stream, event, part: kind });
+        let out = work(
+            &mut session,
+            &mut Watching { stream: &stream, event, part: kind, ahead: kind == Part::Denoiser },
+        );
         if !plan.keeps {
             stream.release();
             memory::trim();
@@ -209,6 +212,8 @@ struct Watching<'a, 'f, 'e> {
     stream: &'a Stream<'f>,
     event: &'a mut OnEvent<'e>,
     part: Part,
+    /// See [`Event::Layer`].
+    ahead: bool,
 }
 
 impl Watch<Error> for Watching<'_, '_, '_> {
@@ -218,7 +223,8 @@ impl Watch<Error> for Watching<'_, '_, '_> {
 
     fn after(&mut self, i: usize, among: Range<usize>) -> Result<()> {
         self.stream.after(i)?;
-        tell(self.event, Event::Layer { part: self.part, done: i + 1 - among.start, of: among.len() })
+        let (done, of) = (i + 1 - among.start, among.len());
+        tell(self.event, Event::Layer { part: self.part, ahead: self.ahead, done, of })
     }
 }
 

@@ -190,6 +190,8 @@ pub enum Event {
     Layer {
         /// The network.
         part: Part,
+        /// Whether it is of what the denoiser computes ahead of its passes, from the prompt or from timesteps.
+        ahead: bool,
         /// Layers of this pass that are done, from 1.
         done: usize,
         /// Layers of a pass.
