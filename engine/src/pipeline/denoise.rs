@@ -88,6 +88,9 @@ impl<'p> Denoiser<'p> {
 
 impl Predictor<'_, '_, '_> {
     /// The network's output at timestep number `i` for `latents` `[c, h, w]`, after guidance, into `out` `[c, h, w]`.
+    ///
+    /// # Panics
+    /// Where there are not so many timesteps.
     pub fn predict(
         &mut self,
         latents: &[f32],
@@ -97,6 +100,7 @@ impl Predictor<'_, '_, '_> {
     ) -> Result<()> {
         let c = self.unet.in_channels;
         let batch = self.noises.len() / self.banks;
+        assert!(i < self.timesteps.len(), "timestep {i} of {}", self.timesteps.len());
         let first = self.embed(i, event)?;
         for bank in 0..self.banks {
             for image in self.session.input("latents", bank).chunks_exact_mut(latents.len()) {

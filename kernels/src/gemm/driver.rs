@@ -134,7 +134,8 @@ pub(super) fn run(
         // Sums of chunks leave half rows no room to wait.
         && !(rounds && epilogue.activation == Activation::Geglu);
     let halves = past && !by_tap && epilogue.activation == Activation::Geglu;
-    // Those of chunks that are added up in f32 don't wait beside them, those of taps and halves of lines do.
+    // Where taps are added up or half lines wait, scratch memory has two blocks of sums, and has room for small ones only. Of
+    // rounded rows one waits.
     let large = rounds || kernel.types == Types::S16S16 && !by_tap && !halves;
     let widened_rows = widens.then_some(if large { WIDENED_BLOCK_ROWS } else { SMALL_BLOCK_ROWS });
     let chunks = chunks(taps, weight.shape.k_padded(), kernel, widened_rows, by_tap, rounds);
