@@ -1,5 +1,6 @@
 //! AVX-512 with VNNI.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::{avx512, integer_lanes};
@@ -12,8 +13,20 @@ integer_lanes!(
 
 integer_lanes!(
     /// 16 i32 sums of i16 by i16.
-    S16S16: 512, 2 inputs, |acc, a, b| _mm512_dpwssd_epi32(acc, a, b)
+    S16S16: 512, 2 inputs, |acc, a, b| dpwssd(acc, a, b)
 );
+
+/// `_mm512_dpwssd_epi32`, which the compiler would make two instructions of, where many follow one another.
+#[target_feature(enable = "avx512f,avx512vnni")]
+#[inline]
+fn dpwssd(mut acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
+    // SAFETY: of the function's features, on registers only.
+    unsafe {
+        asm!("vpdpwssd {acc}, {a}, {b}", acc = inout(zmm_reg) acc, a = in(zmm_reg) a, b = in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    acc
+}
 
 broadcast_kernel!(
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]

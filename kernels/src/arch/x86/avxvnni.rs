@@ -1,5 +1,6 @@
 //! AVX2 with 256-bit VNNI in VEX encoding.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::{avx2, integer_lanes};
@@ -12,8 +13,20 @@ integer_lanes!(
 
 integer_lanes!(
     /// 8 i32 sums of i16 by i16.
-    S16S16: 256, 2 inputs, |acc, a, b| _mm256_dpwssd_avx_epi32(acc, a, b)
+    S16S16: 256, 2 inputs, |acc, a, b| dpwssd(acc, a, b)
 );
+
+/// `_mm256_dpwssd_avx_epi32`, which the compiler would make two instructions of, where many follow one another.
+#[target_feature(enable = "avx2,avxvnni")]
+#[inline]
+fn dpwssd(mut acc: __m256i, a: __m256i, b: __m256i) -> __m256i {
+    // SAFETY: of the function's features, on registers only.
+    unsafe {
+        asm!("{{vex}} vpdpwssd {acc}, {a}, {b}", acc = inout(ymm_reg) acc, a = in(ymm_reg) a, b = in(ymm_reg) b,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    acc
+}
 
 broadcast_kernel!(
     #[target_feature(enable = "avx2,fma,avxvnni")]
