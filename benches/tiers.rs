@@ -39,7 +39,7 @@ const PASSES: [(usize, usize, usize); 4] = [(2, 64, 320), (2, 32, 640), (2, 16, 
 fn main() {
     let quick = std::env::args().any(|arg| arg == "--quick");
     let only = std::env::args().skip(1).find(|arg| !arg.starts_with('-'));
-    let time = Duration::from_millis(if quick { 30 } else { 400 });
+    let time = Duration::from_millis(if quick { 30 } else { 1000 });
     let (one, two) = (Workers::new(1), Workers::new(2));
     let linear = LINEAR.map(|(m, n, k)| (format!("{m} x {n} x {k}"), LayerShape::linear(m, n, k)));
     let conv =
@@ -58,14 +58,10 @@ fn main() {
         let layers =
             encodings.flat_map(|encoding| linear.iter().chain(conv).map(move |layer| (encoding, layer)));
         for (encoding, (name, shape)) in layers {
-            let (gops, ceiling) = layer_gops(&one, kernel, encoding, *shape, time);
-            let four = if encoding == Encoding::Q8 {
-                let (four, _) = layer_gops(&one, kernel, Encoding::Q4, *shape, time);
-                format!("{:.2}", four / gops)
-            } else {
-                String::new()
-            };
-            let (both, _) = layer_gops(&two, kernel, encoding, *shape, time);
+            let four = if encoding == Encoding::Q8 { Encoding::Q4 } else { encoding };
+            let runs = [(&one, encoding), (&one, four), (&two, encoding)];
+            let ([gops, of_four, both], ceiling) = layer_gops(runs, kernel, *shape, time);
+            let four = if four == encoding { String::new() } else { format!("{:.2}", of_four / gops) };
             let (ratio, threads) = (gops / ceiling, both / gops);
             let weights = encoding.name();
             say(&format!(

@@ -69,27 +69,29 @@ impl LayerShape {
     }
 }
 
-/// A kernel's rate on a layer and the rate of its multiplications on registers, on all workers, both in billions of
-/// operations per second and measured in turns for `time`. From operand rows to f32 rows with a bias.
+/// A kernel's rates on a layer, one for each of `runs` (workers and weights), and the rate of its multiplications on registers on
+/// the first workers, all in billions of operations per second and measured in turns for `time`, so that a slow second of the
+/// machine meets all of them. From operand rows to f32 rows with a bias.
 ///
 /// # Panics
-/// Where the machine lacks the kernel's tier or the kernel doesn't take such weights.
-pub fn layer_gops(
-    workers: &Workers,
+/// Where the machine lacks the kernel's tier, the kernel doesn't take such weights, or there are no runs.
+pub fn layer_gops<const N: usize>(
+    runs: [(&Workers, Encoding); N],
     kernel: &'static GemmKernel,
-    encoding: Encoding,
     shape: LayerShape,
     time: Duration,
-) -> (f64, f64) {
-    let mut layer = Layer::new(kernel.types, encoding, shape);
-    let mut peak = PeakMeter::new(workers, kernel);
-    let mut seconds = f64::INFINITY;
+) -> ([f64; N], f64) {
+    let mut layers = runs.map(|(_, encoding)| Layer::new(kernel.types, encoding, shape));
+    let mut peak = PeakMeter::new(runs[0].0, kernel);
+    let mut seconds = [f64::INFINITY; N];
     let start = Instant::now();
-    while seconds == f64::INFINITY || start.elapsed() < time {
+    while seconds[N - 1] == f64::INFINITY || start.elapsed() < time {
         peak.batch();
-        seconds = seconds.min(layer.run(workers, kernel));
+        for ((layer, (workers, _)), seconds) in layers.iter_mut().zip(runs).zip(&mut seconds) {
+            *seconds = seconds.min(layer.run(workers, kernel));
+        }
     }
-    (shape.ops() / seconds / 1e9, peak.best)
+    (seconds.map(|seconds| shape.ops() / seconds / 1e9), peak.best)
 }
 
 /// Every kernel that a machine of tier `isa` runs, on `m` rows by `[n, k]` weights: 8-bit weights for the integer kernels,
@@ -108,7 +110,7 @@ fn gemm_figure(
     k: usize,
 ) -> GemmFigure {
     let (encoding, shape) = (plain(kernel.types), LayerShape::linear(m, n, k));
-    let (gops, peak) = layer_gops(workers, kernel, encoding, shape, 2 * MEASURING);
+    let ([gops], peak) = layer_gops([(workers, encoding)], kernel, shape, 2 * MEASURING);
     let picked =
         pick(isa, &Layer::new(kernel.types, encoding, shape).operand(), encoding).name == kernel.name;
     GemmFigure { kernel: kernel.name, m, n, k, gops, ceiling_ratio: gops / peak, picked }

@@ -5,15 +5,15 @@
 
 use std::ops::Range;
 
-use super::chunks::{Chunk, chunks, rows_bytes};
+use super::chunks::{Chunk, WidenedRows, chunks, rows_bytes};
 use super::columns::Columns;
-use super::geometry::{FOLDED_TAPS, Geometry, RowTile, folded};
+use super::geometry::{FOLDED_TAPS, Geometry, Places, RowTile, folded};
 use super::shorts::row_most;
 use super::steps::{Out, Unpack, Widen};
 use super::strip::{Ahead, Blocks, Half, Strip};
 use super::table::{GemmKernel, Types};
 use super::tile::TILE_COLUMNS;
-use super::{Activation, Epilogue, Gemm};
+use super::{Activation, Epilogue, Filter, Gemm};
 use crate::Workers;
 use crate::arch::fence;
 use crate::layout::{ALIGN, Encoding, TILE_K, TILE_N, Weight};
@@ -36,7 +36,7 @@ const UNPACKED_BLOCKS: usize = 4;
 /// Weights of so many bytes stay in L2 from block to block, so that blocks may be small.
 const RESIDENT_WEIGHT: usize = 1024 * 1024;
 /// Most panel pairs whose sums a task keeps while chunks go by.
-const GROUP_PAIRS: usize = 8;
+const GROUP_PAIRS: usize = 10;
 /// An output of so many bytes goes past the caches: it leaves L2 anyway, and fetching its lines first costs more than the products.
 const PAST_BYTES: usize = 2 * 1024 * 1024;
 /// Fewest tasks a call is cut into, where its panels allow.
@@ -73,6 +73,8 @@ pub(crate) struct Plan<'a> {
     together: usize,
     /// Most rows of a block.
     block_rows: usize,
+    /// Operand rows that are widened at a time.
+    widened: Option<WidenedRows>,
 }
 
 /// A worker's scratch memory, cut up. Lengths in comments, for the block at hand.
@@ -137,12 +139,9 @@ pub(super) fn run(
     // Where taps are added up or half lines wait, scratch memory has two blocks of sums, and has room for small ones only. Of
     // rounded rows one waits.
     let large = rounds || kernel.types == Types::S16S16 && !by_tap && !halves;
-    let widened_rows = widens.then_some(if large { WIDENED_BLOCK_ROWS } else { SMALL_BLOCK_ROWS });
-    let chunks = chunks(taps, weight.shape.k_padded(), kernel, widened_rows, by_tap, rounds);
-    let keeps = !chunks.iter().all(|chunk| chunk.first && chunk.last);
     let fits = kernel.block_bytes / row_bytes;
-    let block_rows = if let Some(rows) = widened_rows {
-        rows
+    let block_rows = if widens {
+        if large { WIDENED_BLOCK_ROWS } else { SMALL_BLOCK_ROWS }
     } else if by_tap && weight.bytes.len() <= RESIDENT_WEIGHT {
         SMALL_BLOCK_ROWS
     } else if unpacks && !halves {
@@ -151,6 +150,26 @@ pub(super) fn run(
         fits.min(BLOCK_ROWS).max(kernel.mr)
     };
     let geometry = Geometry::new(&input, &filter, kernel.mr, by_image, rows, folds.then_some(block_rows));
+    let blocks = geometry.blocks(block_rows, folds);
+    // Taps whose operand rows lie side by side. Sums of a tap are finished before those of the next begin.
+    let line = match filter {
+        _ if by_tap || !widens => 1,
+        _ if folds => FOLDED_TAPS.isqrt(),
+        Filter { stride: 1, upsample: false, kw, .. } => kw,
+        _ => 1,
+    };
+    let widened = widens.then(|| {
+        let rows = |block: &Range<usize>| {
+            let mut places = Places::new(line);
+            for tile in &geometry.tiles[block.clone()] {
+                places.place(tile);
+            }
+            places.rows()
+        };
+        WidenedRows { rows: blocks.iter().map(rows).max().unwrap_or(1), line }
+    });
+    let chunks = chunks(taps, weight.shape.k_padded(), kernel, widened, by_tap, rounds);
+    let keeps = !chunks.iter().all(|chunk| chunk.first && chunk.last);
     let out = match out {
         RowsMut::F32(out) => Out::F32(Shared::new(out)),
         RowsMut::Bf16(out) => Out::Bf16(Shared::new(out)),
@@ -180,9 +199,9 @@ pub(super) fn run(
             1
         },
         block_rows,
+        widened,
     };
 
-    let blocks = plan.geometry.blocks(block_rows, folds);
     let pairs = weight.shape.panels().div_ceil(PAIR);
     let mut group = pairs;
     // Widened rows are worth more than a pair.
@@ -209,7 +228,10 @@ pub(super) fn run(
 impl<'a> Plan<'a> {
     fn cut<'s>(&self, scratch: &'s mut [u8]) -> Buffers<'s> {
         let (rows, scratch) = scratch.split_at_mut(if self.widens { rows_bytes() } else { 0 });
-        let (row_scale, scratch) = scratch.split_at_mut(if self.rounds { 4 * self.block_rows } else { 0 });
+        let (row_scale, scratch) = scratch.split_at_mut(match self.widened {
+            Some(WidenedRows { rows, .. }) if self.rounds => (4 * rows).next_multiple_of(ALIGN),
+            _ => 0,
+        });
         let (weights, scratch) = scratch.split_at_mut(if self.unpacks { self.kernel.pair_bytes } else { 0 });
         let kept = self.together * self.block_rows;
         let products = if self.keeps { kept } else { self.kernel.mr };
@@ -229,11 +251,11 @@ impl<'a> Plan<'a> {
     fn run_group(&self, buffers: &mut Buffers<'_>, tiles: Range<usize>, pairs: Range<usize>) {
         let tiles = &self.geometry.tiles[tiles];
         for (c, chunk) in self.chunks.iter().enumerate() {
-            if self.widens && chunk.len > 0 {
-                self.widen(buffers, tiles, chunk);
-            } else {
+            if chunk.len == 0 {
                 // No inputs: the sums are zero, whatever the last task left here.
                 buffers.row_scale.fill(0.0);
+            } else if self.widens && chunk.shift == 0 {
+                self.widen(buffers, tiles, chunk);
             }
             for (i, pair) in pairs.clone().enumerate() {
                 let kept = i * self.block_rows;
@@ -300,16 +322,25 @@ impl<'a> Plan<'a> {
         Ahead { panels, step }
     }
 
-    /// Writes the rows that `tiles` meet in `chunk` as the kernel reads them: `[rows][chunk.len]`.
+    /// The places of widened rows.
+    #[inline(always)]
+    pub(super) fn places(&self) -> Places {
+        Places::new(self.widened.map_or(1, |widened| widened.line))
+    }
+
+    /// Writes the rows that `tiles` meet in `chunk`, and in those that follow it for other taps of the line, as the kernel reads
+    /// them: `[rows][chunk.len]`.
     fn widen(&self, buffers: &mut Buffers<'_>, tiles: &[RowTile], chunk: &Chunk) {
         let stride = self.weight.shape.k_padded();
         let mut out = buffers.rows.chunks_exact_mut(chunk.len * self.kernel.types.row_bytes());
         let mut scales = buffers.row_scale.iter_mut();
         let most = row_most(self.weight.encoding, chunk.len, self.folds);
+        let mut places = self.places();
         for tile in tiles {
-            for r in 0..tile.rows {
-                let offset = self.geometry.offset(tile.phase, chunk.tap);
-                let row = tile.base + offset + r * self.geometry.operand_step;
+            let (at, copied) = places.place(tile);
+            let first = tile.base + self.geometry.offset(tile.phase, chunk.tap);
+            for r in copied..places.rows() - at {
+                let row = first + r * self.geometry.operand_step;
                 let piece = row * stride + chunk.k..row * stride + chunk.k + chunk.len;
                 let widen = match self.operand {
                     Operand::U8 { codes, .. } | Operand::U8Uniform { codes, .. } => Widen::U8(&codes[piece]),

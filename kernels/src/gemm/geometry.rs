@@ -156,10 +156,57 @@ impl Geometry {
     }
 }
 
+/// Where the operand rows of tiles lie that are copied one after another: each row once that tiles which follow one another meet
+/// at the taps of a line of a filter.
+#[derive(Debug)]
+pub(crate) struct Places {
+    /// Taps side by side, 1 where operand rows aren't.
+    line: usize,
+    /// Rows copied so far.
+    rows: usize,
+    /// Base and phase of the tile that would follow the last one.
+    following: Option<(usize, usize)>,
+}
+
+impl Places {
+    pub(crate) fn new(line: usize) -> Places {
+        Places { line, rows: 0, following: None }
+    }
+
+    /// `(at, copied)`: the rows of `tile` begin at `at` for the line's first tap, at `at + 1` for its second, and `copied` of
+    /// them are there already.
+    #[inline(always)]
+    pub(crate) fn place(&mut self, tile: &RowTile) -> (usize, usize) {
+        let follows = self.following == Some((tile.base, tile.phase));
+        let copied = if follows { self.line - 1 } else { 0 };
+        let at = self.rows - copied;
+        self.rows = at + tile.rows + self.line - 1;
+        self.following = Some((tile.base + tile.rows, tile.phase));
+        (at, copied)
+    }
+
+    /// Rows of all tiles placed so far.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::view::Border;
+
+    #[test]
+    fn tiles_that_follow_one_another_share_rows() {
+        let tile = |base, rows| RowTile { row: 0, rows, image: 0, base, phase: 0 };
+        let tiles = [tile(10, 4), tile(14, 3), tile(20, 2), tile(22, 1)];
+        let mut places = Places::new(3);
+        assert_eq!(tiles.map(|tile| places.place(&tile)), [(0, 0), (4, 2), (9, 0), (11, 2)]);
+        assert_eq!(places.rows(), 14);
+        let mut places = Places::new(1);
+        assert_eq!(tiles.map(|tile| places.place(&tile)), [(0, 0), (4, 0), (7, 0), (9, 0)]);
+        assert_eq!(places.rows(), 10);
+    }
 
     /// Operand row of an output row, from the definition.
     fn expected(input: &ImageShape, filter: &Filter, row: usize, tap: usize) -> usize {

@@ -110,6 +110,7 @@ impl Plan<'_> {
         let mut reach = Reach { phase: None, first: 0, taps: [0; MAX_TAPS], last: 0 };
         let mut terms = Terms { image: None, bias: columns.bias, offset: columns.offset };
         let mut row = 0;
+        let mut places = self.places();
         let mut next =
             if self.kernel.fetches { strip.ahead.next(chunk.taps * k / self.kernel.kr) } else { Next::NONE };
         for tile in tiles {
@@ -125,8 +126,9 @@ impl Plan<'_> {
                 claim.ask();
                 claim = Claim::NONE;
             }
+            let widened = places.place(tile).0 + chunk.shift;
             let at = if self.widens {
-                row * row_bytes
+                widened * row_bytes
             } else {
                 self.reach(&mut reach, tile, chunk, row_bytes);
                 tile.base * row_bytes + reach.first + chunk.k * element
@@ -168,7 +170,7 @@ impl Plan<'_> {
             }
             if self.rounds {
                 let first = chunk.tap == 0 && chunk.k == 0;
-                let row_scale = &strip.row_scale[row..row + tile.rows];
+                let row_scale = &strip.row_scale[widened..widened + tile.rows];
                 let chunk = AddChunk { products, row: row_scale, column: &strip.blocks.scale, first };
                 let added = &mut strip.sums[row..row + tile.rows];
                 add_chunk(s, &chunk, added);
