@@ -36,7 +36,7 @@ fn attentions(c: &mut Criterion) {
             (narrow(batch * nq * columns), narrow(batch * nk * columns), narrow(batch * nk * columns));
         let mut out = vec![bf16::ZERO; batch * nq * columns];
         group.throughput(Throughput::Elements(4 * (batch * heads * nq * nk * d) as u64));
-        for (name, products) in [("bf16", Products::Bf16), ("f32", Products::F32)] {
+        for (name, products) in [("int8", Products::Int8), ("bf16", Products::Bf16), ("f32", Products::F32)] {
             let bytes = workspace_bytes(&shape, isa, products, workers.threads());
             let mut lines = vec![Line([0; 64]); bytes.div_ceil(64)];
             // SAFETY: `Line` is plain bytes without padding.

@@ -267,6 +267,7 @@ pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &m
     };
 
     let blocks = nq.div_ceil(plan.queries);
+    let lines = out.heads_of_lines(d);
     let pack_keys = plan.pack_keys();
     let packs = nk.div_ceil(pack_keys);
     for first in (0..batch * heads).step_by(plan.heads) {
@@ -311,9 +312,10 @@ pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &m
         });
         let packed: &[u8] = packed;
         let turns = count * plan.head_bytes <= TURNS_BYTES;
-        workers.for_each(count * blocks, |task, scratch| {
-            let (i, block) =
-                if turns { (task % count, task / count) } else { (task / blocks, task % blocks) };
+        // In turns two tasks at a time have heads side by side.
+        let together = if turns { lines } else { 1 };
+        let parts = count.div_ceil(together);
+        let block_of = |i: usize, block: usize, scratch: &mut [u8]| {
             let first = block * plan.queries;
             let (sequence, head) = place(i);
             let head = QueryHead { shape, sequence, head, q, stride: q_stride, scale, mask };
@@ -344,6 +346,13 @@ pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &m
                     dispatch(isa, amx_bytes::Block { head, first, k, v, scratch, out, tiles });
                 }
             }
+        };
+        workers.for_each(parts * blocks, |task, scratch| {
+            let (part, block) =
+                if turns { (task % parts, task / parts) } else { (task / blocks, task % blocks) };
+            for i in part * together..count.min((part + 1) * together) {
+                block_of(i, block, scratch);
+            }
         });
     }
 }
@@ -352,6 +361,18 @@ pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &m
 enum Out<'a> {
     F32(Shared<'a, f32>),
     Bf16(Shared<'a, bf16>),
+}
+
+impl Out<'_> {
+    /// The fewest heads of `d` numbers that fill whole lines of the cache. Two threads that write to one line at a time would take
+    /// it from each other again and again.
+    fn heads_of_lines(&self, d: usize) -> usize {
+        let bytes = match self {
+            Out::F32(_) => d * size_of::<f32>(),
+            Out::Bf16(_) => d * size_of::<bf16>(),
+        };
+        ALIGN >> bytes.trailing_zeros().min(ALIGN.trailing_zeros())
+    }
 }
 
 impl Write for &Out<'_> {

@@ -165,11 +165,16 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The next task of a worker's share, on a line of its own.
+#[repr(align(64))]
+struct Next(AtomicUsize);
+
 /// A fixed number of threads with scratch memory of their own. The thread that calls is one of them.
 pub struct Workers {
     team: Arc<Team>,
     helpers: Vec<JoinHandle<()>>,
     scratch: Vec<Scratch>,
+    next: Vec<Next>,
     /// Held during an operation.
     busy: Mutex<()>,
 }
@@ -203,7 +208,8 @@ impl Workers {
         let helpers = (1..threads).map(start).collect();
         let lines = || (0..SCRATCH_BYTES / ALIGN).map(|_| Line([0; ALIGN])).collect();
         let scratch = (0..threads).map(|_| Scratch(UnsafeCell::new(lines()))).collect();
-        Workers { team, helpers, scratch, busy: Mutex::new(()) }
+        let next = (0..threads).map(|_| Next(AtomicUsize::new(0))).collect();
+        Workers { team, helpers, scratch, next, busy: Mutex::new(()) }
     }
 
     /// How many threads share the work.
@@ -211,8 +217,9 @@ impl Workers {
         self.scratch.len()
     }
 
-    /// Runs `task(i, scratch)` for every `i < tasks`, each once, on whichever worker is free. The scratch memory
-    /// ([`SCRATCH_BYTES`], 64-byte aligned) holds whatever an earlier task left there.
+    /// Runs `task(i, scratch)` for every `i < tasks`, each once. Each worker begins with a share of its own, tasks that follow one
+    /// another, so that it finds in its cache what it wrote in the last operation there; then it helps the others. The scratch
+    /// memory ([`SCRATCH_BYTES`], 64-byte aligned) holds whatever an earlier task left there.
     ///
     /// What `task` computes may depend on `i` alone, so that results don't depend on the number of threads. A task can't
     /// start another operation of its own team: that would wait for itself.
@@ -224,7 +231,11 @@ impl Workers {
             return;
         }
         let _busy = lock(&self.busy);
-        let next = AtomicUsize::new(0);
+        let threads = self.threads();
+        let first = |share: usize| share * tasks / threads;
+        for (share, next) in self.next.iter().enumerate() {
+            next.0.store(first(share), Ordering::Relaxed);
+        }
         let body = |worker: usize| {
             // SAFETY: one thread at a time is the worker of this index: helper threads have an index each, and worker 0 is
             // the caller, which holds the lock.
@@ -232,12 +243,14 @@ impl Workers {
             let scratch: &mut [u8] =
                 // SAFETY: `Line` is plain bytes without padding, so the box is one run of initialized bytes.
                 unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), SCRATCH_BYTES) };
-            loop {
-                let i = next.fetch_add(1, Ordering::Relaxed);
-                if i >= tasks {
-                    break;
+            for share in (worker..threads).chain(0..worker) {
+                loop {
+                    let i = self.next[share].0.fetch_add(1, Ordering::Relaxed);
+                    if i >= first(share + 1) {
+                        break;
+                    }
+                    task(i, scratch);
                 }
-                task(i, scratch);
             }
         };
         if tasks == 1 || self.helpers.is_empty() {
