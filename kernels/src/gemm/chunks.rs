@@ -27,7 +27,8 @@ pub(super) struct Chunk {
 /// Rows that are widened.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct WidenedRows {
-    /// Most rows of a block.
+    /// Most of them at a time. Chunks are as long as so many allow, whichever rows a call has: where a chunk is rounded by itself,
+    /// its length is part of the result.
     pub(super) rows: usize,
     /// Taps side by side that meet them.
     pub(super) line: usize,
@@ -83,5 +84,5 @@ pub(super) fn chunks(
 
 /// Bytes of scratch memory for widened rows.
 pub(super) const fn rows_bytes() -> usize {
-    SCRATCH_BYTES / 4
+    SCRATCH_BYTES / 16 * 5
 }

@@ -150,7 +150,6 @@ pub(super) fn run(
         fits.min(BLOCK_ROWS).max(kernel.mr)
     };
     let geometry = Geometry::new(&input, &filter, kernel.mr, by_image, rows, folds.then_some(block_rows));
-    let blocks = geometry.blocks(block_rows, folds);
     // Taps whose operand rows lie side by side. Sums of a tap are finished before those of the next begin.
     let line = match filter {
         _ if by_tap || !widens => 1,
@@ -158,16 +157,10 @@ pub(super) fn run(
         Filter { stride: 1, upsample: false, kw, .. } => kw,
         _ => 1,
     };
-    let widened = widens.then(|| {
-        let rows = |block: &Range<usize>| {
-            let mut places = Places::new(line);
-            for tile in &geometry.tiles[block.clone()] {
-                places.place(tile);
-            }
-            places.rows()
-        };
-        WidenedRows { rows: blocks.iter().map(rows).max().unwrap_or(1), line }
-    });
+    // Lines have ends.
+    let copied = if line > 1 { block_rows + block_rows / 4 } else { block_rows };
+    let blocks = geometry.blocks(block_rows, line, copied, folds);
+    let widened = widens.then_some(WidenedRows { rows: copied, line });
     let chunks = chunks(taps, weight.shape.k_padded(), kernel, widened, by_tap, rounds);
     let keeps = !chunks.iter().all(|chunk| chunk.first && chunk.last);
     let out = match out {

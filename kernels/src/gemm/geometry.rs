@@ -137,18 +137,29 @@ impl Geometry {
         self.offsets[phase][tap]
     }
 
-    /// Cuts the tiles into blocks of at most `rows` rows, or one tile; `by_phase`, of one phase each.
-    pub(crate) fn blocks(&self, rows: usize, by_phase: bool) -> Vec<Range<usize>> {
+    /// Cuts the tiles into blocks of at most `rows` rows, and `copied` operand rows where taps of lines of `line` share those, or
+    /// one tile; `by_phase`, of one phase each.
+    pub(crate) fn blocks(
+        &self,
+        rows: usize,
+        line: usize,
+        copied: usize,
+        by_phase: bool,
+    ) -> Vec<Range<usize>> {
         let mut blocks: Vec<Range<usize>> = vec![];
         let mut filled = rows;
+        let mut places = Places::new(line);
         for (i, tile) in self.tiles.iter().enumerate() {
             filled += tile.rows;
+            places.place(tile);
             let same = |block: &Range<usize>| !by_phase || self.tiles[block.start].phase == tile.phase;
             match blocks.last_mut() {
-                Some(block) if filled <= rows && same(block) => block.end = i + 1,
+                Some(block) if filled <= rows && places.rows() <= copied && same(block) => block.end = i + 1,
                 _ => {
                     blocks.push(i..i + 1);
                     filled = tile.rows;
+                    places = Places::new(line);
+                    places.place(tile);
                 }
             }
         }
@@ -278,7 +289,14 @@ mod tests {
                         }
                     }
                     assert!(seen.iter().all(|&n| n == 1));
-                    let blocks = geometry.blocks(20, fold.is_some());
+                    let blocks = geometry.blocks(20, 2, 21, fold.is_some());
+                    for block in &blocks {
+                        let mut places = Places::new(2);
+                        geometry.tiles[block.clone()].iter().for_each(|tile| {
+                            places.place(tile);
+                        });
+                        assert!(places.rows() <= 21 || block.len() == 1);
+                    }
                     assert_eq!(blocks.iter().map(|b| b.len()).sum::<usize>(), geometry.tiles.len());
                     let phase = |i: usize| geometry.tiles[i].phase;
                     assert!(

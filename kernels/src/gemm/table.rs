@@ -47,7 +47,8 @@ impl Types {
         match self {
             Types::U8S8 => 128 * 1024,
             Types::U8S4 => 32 * 1024,
-            Types::S16S16 | Types::Bf16 | Types::F32 => 16 * 1024,
+            Types::S16S16 => 20 * 1024,
+            Types::Bf16 | Types::F32 => 16 * 1024,
         }
     }
 

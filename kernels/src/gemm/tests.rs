@@ -308,7 +308,7 @@ fn epilogues() {
 fn rows_are_independent() {
     for (encoding, rank) in kinds() {
         let mut random = Random::new(11);
-        let (m, n, k) = (150, 48, 200);
+        let (m, n, k) = (310, 40, 400);
         let shape = WeightShape::linear(n, k);
         let left = Left::new(&mut random, rank, &ImageShape::rows(m), k, shape.k_padded());
         let bytes = weight_bytes(&mut random, encoding, shape);
@@ -338,9 +338,41 @@ fn rows_are_independent() {
             };
             let whole = run(1, 0, m);
             assert!(whole == run(3, 0, m), "{} with 3 threads", kernel.name);
-            for (first, rows) in [(0, 1), (77, 1), (13, 29), (149, 1)] {
+            for (first, rows) in [(0, 1), (77, 1), (13, 29), (20, 260), (309, 1)] {
                 let part = run(2, first, rows);
                 assert!(whole[first * n..][..rows * n] == part, "{} rows {first} + {rows}", kernel.name);
+            }
+        }
+    }
+}
+
+/// A row of pixels of a convolution depends neither on the rows around it nor on their number.
+#[test]
+fn rows_of_pixels_are_independent() {
+    let border = Border { top: 1, left: 1, bottom: 1, right: 1 };
+    for (encoding, rank) in kinds() {
+        let mut random = Random::new(13);
+        for (h, w, upsample) in [(70, 6, false), (6, 70, false), (16, 12, true)] {
+            let input = ImageShape { batch: 1, h, w, border };
+            let filter = Filter { kh: 3, kw: 3, stride: 1, upsample };
+            let shape = WeightShape { n: 20, taps: 9, k: 330 };
+            let left = Left::new(&mut random, rank, &input, shape.k, shape.k_padded());
+            let bytes = weight_bytes(&mut random, encoding, shape);
+            let weight = Weight::new(encoding, shape, &bytes);
+            let (h, w) = filter.output(&input);
+            for kernel in kernels_here().filter(|kernel| kernel.suits(&left.view(), encoding)) {
+                let run = |rows: std::ops::Range<usize>| {
+                    let mut out = vec![f32::NAN; rows.len() * w * shape.n];
+                    let (epilogue, to) = (Epilogue::default(), RowsMut::F32(&mut out));
+                    let call = Gemm { operand: left.view(), input, filter, weight, epilogue, out: to };
+                    super::driver::run(&Workers::new(1), kernel, call, Some(rows));
+                    out
+                };
+                let whole = run(0..h);
+                for rows in [0..1, 1..3, h / 2..h] {
+                    let want = &whole[rows.start * w * shape.n..rows.end * w * shape.n];
+                    assert!(want == run(rows.clone()), "{} {encoding:?} {rows:?} of {h} x {w}", kernel.name);
+                }
             }
         }
     }
