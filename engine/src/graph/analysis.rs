@@ -1,7 +1,7 @@
 //! What the lowering has to know of a network's values before it begins.
 #![forbid(unsafe_code)]
 
-use super::builder::{Network, Node, Tensor};
+use super::network::{Network, Node, Tensor};
 
 /// Values that stay f32 in every precision: what the caller writes and reads, what is added to whole images, and, unless it is
 /// `narrow`, the residual stream: sums that go on through many layers and what is added to them.

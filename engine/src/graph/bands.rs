@@ -6,7 +6,7 @@ use std::ops::Range;
 use kernels::gemm::{Activation, Filter};
 use kernels::view::{Border, Coding, ImageShape};
 
-use super::builder::Dims;
+use super::network::Dims;
 use super::plan::Plan;
 use super::steps::{Buf, NormSpec, OperandBuf, ResidualSpec, RowsBuf, SourceBufs};
 use super::weight::WeightSpec;

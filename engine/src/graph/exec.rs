@@ -16,7 +16,7 @@ use kernels::{Isa, Workers, bf16, f16};
 
 use super::arena::Arena;
 use super::bands::{Band, BandOp, Bands, Extent};
-use super::builder::{Dims, Rate};
+use super::network::{Dims, Rate};
 use super::plan::Plan;
 use super::profile::Profile;
 use super::steps::{

@@ -14,7 +14,7 @@ use kernels::view::{Border, ImageShape};
 
 use super::analysis::{last_uses, stream_values};
 use super::bands::{BandOp, Bands};
-use super::builder::{Dims, Network, Node, Rate, Tensor};
+use super::network::{Dims, Network, Node, Rate, Tensor};
 use super::steps::{
     Buf, NormSpec, Op, OperandBuf, OperandKind, ResidualSpec, RowsBuf, RowsKind, SourceBufs, Step,
 };

@@ -14,15 +14,17 @@ mod bands;
 mod builder;
 mod exec;
 mod lower;
+mod network;
 mod plan;
 mod profile;
 mod steps;
 pub mod weight;
 
 pub use arena::{Arena, Region};
-pub use builder::{Builder, Dims, GemmBuilder, Network, OperandSpec, Origin, Rate, Tensor};
+pub use builder::{Builder, GemmBuilder};
 pub use exec::{Observer, Seen, Session, Watch};
 pub use lower::Options;
+pub use network::{Dims, Network, OperandSpec, Origin, Rate, Tensor};
 pub use plan::Plan;
 pub use profile::{Profile, Span};
 pub use steps::Step;

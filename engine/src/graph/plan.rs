@@ -7,8 +7,8 @@ use kernels::layout::Encoding;
 
 use super::analysis::can_be_remade;
 use super::arena::{Life, Region, place};
-use super::builder::{Network, Rate, Tensor};
 use super::lower::{Lowered, Options, lower};
+use super::network::{Network, Rate, Tensor};
 use super::steps::{Buf, Op, RowsBuf, Step};
 use super::weight::{Stored, WeightKind, WeightSpec};
 

@@ -6,7 +6,7 @@ use kernels::gemm::Activation;
 use kernels::view::ImageShape;
 
 use super::bands::{BandOp, Bands};
-use super::builder::Dims;
+use super::network::Dims;
 use super::weight::WeightSpec;
 
 /// A buffer of the plan, by number.

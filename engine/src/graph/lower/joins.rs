@@ -5,7 +5,7 @@ use kernels::gemm::Filter;
 
 use super::Lowering;
 use crate::graph::bands::BandOp;
-use crate::graph::builder::{Node, Tensor};
+use crate::graph::network::{Node, Tensor};
 use crate::graph::steps::{Op, OperandBuf, OperandKind, ResidualSpec, RowsBuf, Step};
 
 /// How a GEMM goes on in a step.
