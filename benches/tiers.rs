@@ -58,11 +58,12 @@ fn main() {
         let layers =
             encodings.flat_map(|encoding| linear.iter().chain(conv).map(move |layer| (encoding, layer)));
         for (encoding, (name, shape)) in layers {
-            let four = if encoding == Encoding::Q8 { Encoding::Q4 } else { encoding };
-            let runs = [(&one, encoding), (&one, four), (&two, encoding)];
-            let ([gops, of_four, both], ceiling) = layer_gops(runs, kernel, *shape, time);
-            let four = if four == encoding { String::new() } else { format!("{:.2}", of_four / gops) };
-            let (ratio, threads) = (gops / ceiling, both / gops);
+            let four = (encoding == Encoding::Q8).then_some((&one, Encoding::Q4));
+            let runs: Vec<_> = [(&one, encoding), (&two, encoding)].into_iter().chain(four).collect();
+            let (rates, ceiling) = layer_gops(&runs, kernel, *shape, time);
+            let gops = rates[0];
+            let four = rates.get(2).map_or(String::new(), |four| format!("{:.2}", four / gops));
+            let (ratio, threads) = (gops / ceiling, rates[1] / gops);
             let weights = encoding.name();
             say(&format!(
                 "| {} | {name} | {weights} | {gops:.0} | {ratio:.2} | {four} | {threads:.2} |",

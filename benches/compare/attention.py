@@ -9,6 +9,8 @@ import argparse
 import json
 import os
 import subprocess
+import sys
+import tempfile
 import time
 
 import torch
@@ -22,9 +24,13 @@ def of_sdfast(a, name):
     """The best call of the bench called `name`."""
     bench = ["cargo", "bench", "-q", "-p", "sdfast-benches", "--bench", "attention", "--"]
     times = ["--warm-up-time", "0.5", "--measurement-time", str(a.seconds), "--noplot"]
-    subprocess.run([*bench, *times, f"int8/{name}$"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with open(os.path.join(ROOT, "target", "criterion", "attention", "int8", name, "new", "sample.json")) as f:
-        sample = json.load(f)
+    with tempfile.TemporaryDirectory() as folder:
+        env = {**os.environ, "CRITERION_HOME": folder}
+        run = subprocess.run([*bench, *times, f"int8/{name}$"], cwd=ROOT, env=env, capture_output=True, text=True)
+        if run.returncode:
+            sys.exit(f"the bench failed:\n{run.stderr}")
+        with open(os.path.join(folder, "attention", "int8", name, "new", "sample.json")) as f:
+            sample = json.load(f)
     return min(t / n for t, n in zip(sample["times"], sample["iters"])) * 1e-9
 
 

@@ -312,9 +312,9 @@ pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &m
         });
         let packed: &[u8] = packed;
         let turns = count * plan.head_bytes <= TURNS_BYTES;
-        // In turns two tasks at a time have heads side by side.
+        // In turns threads write to heads side by side.
         let together = if turns { lines } else { 1 };
-        let parts = count.div_ceil(together);
+        let groups = count.div_ceil(together);
         let block_of = |i: usize, block: usize, scratch: &mut [u8]| {
             let first = block * plan.queries;
             let (sequence, head) = place(i);
@@ -347,10 +347,10 @@ pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &m
                 }
             }
         };
-        workers.for_each(parts * blocks, |task, scratch| {
-            let (part, block) =
-                if turns { (task % parts, task / parts) } else { (task / blocks, task % blocks) };
-            for i in part * together..count.min((part + 1) * together) {
+        workers.for_each(groups * blocks, |task, scratch| {
+            let (group, block) =
+                if turns { (task % groups, task / groups) } else { (task / blocks, task % blocks) };
+            for i in group * together..count.min((group + 1) * together) {
                 block_of(i, block, scratch);
             }
         });

@@ -75,23 +75,24 @@ impl LayerShape {
 ///
 /// # Panics
 /// Where the machine lacks the kernel's tier, the kernel doesn't take such weights, or there are no runs.
-pub fn layer_gops<const N: usize>(
-    runs: [(&Workers, Encoding); N],
+pub fn layer_gops(
+    runs: &[(&Workers, Encoding)],
     kernel: &'static GemmKernel,
     shape: LayerShape,
     time: Duration,
-) -> ([f64; N], f64) {
-    let mut layers = runs.map(|(_, encoding)| Layer::new(kernel.types, encoding, shape));
+) -> (Vec<f64>, f64) {
+    let layer = |&(_, encoding): &(&Workers, Encoding)| Layer::new(kernel.types, encoding, shape);
+    let mut layers: Vec<Layer> = runs.iter().map(layer).collect();
     let mut peak = PeakMeter::new(runs[0].0, kernel);
-    let mut seconds = [f64::INFINITY; N];
+    let mut gops = vec![0.0f64; runs.len()];
     let start = Instant::now();
-    while seconds[N - 1] == f64::INFINITY || start.elapsed() < time {
+    while gops.contains(&0.0) || start.elapsed() < time {
         peak.batch();
-        for ((layer, (workers, _)), seconds) in layers.iter_mut().zip(runs).zip(&mut seconds) {
-            *seconds = seconds.min(layer.run(workers, kernel));
+        for ((layer, (workers, _)), gops) in layers.iter_mut().zip(runs).zip(&mut gops) {
+            *gops = gops.max(shape.ops() / layer.run(workers, kernel) / 1e9);
         }
     }
-    (seconds.map(|seconds| shape.ops() / seconds / 1e9), peak.best)
+    (gops, peak.best)
 }
 
 /// Every kernel that a machine of tier `isa` runs, on `m` rows by `[n, k]` weights: 8-bit weights for the integer kernels,
@@ -110,7 +111,8 @@ fn gemm_figure(
     k: usize,
 ) -> GemmFigure {
     let (encoding, shape) = (plain(kernel.types), LayerShape::linear(m, n, k));
-    let ([gops], peak) = layer_gops([(workers, encoding)], kernel, shape, 2 * MEASURING);
+    let (gops, peak) = layer_gops(&[(workers, encoding)], kernel, shape, 2 * MEASURING);
+    let gops = gops[0];
     let picked =
         pick(isa, &Layer::new(kernel.types, encoding, shape).operand(), encoding).name == kernel.name;
     GemmFigure { kernel: kernel.name, m, n, k, gops, ceiling_ratio: gops / peak, picked }

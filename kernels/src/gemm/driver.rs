@@ -17,7 +17,7 @@ use super::{Activation, Epilogue, Filter, Gemm};
 use crate::Workers;
 use crate::arch::fence;
 use crate::layout::{ALIGN, Encoding, TILE_K, TILE_N, Weight};
-use crate::par::Shared;
+use crate::par::{SCRATCH_BYTES, Shared};
 use crate::view::{Operand, RowsMut};
 
 /// Panels under a tile.
@@ -51,8 +51,8 @@ pub(crate) struct Plan<'a> {
     pub(super) out: Out<'a>,
     pub(super) geometry: Geometry,
     chunks: Vec<Chunk>,
-    /// Rows must be widened for the kernel.
-    pub(super) widens: bool,
+    /// Rows must be widened for the kernel, so many at a time.
+    pub(super) widened: Option<WidenedRows>,
     /// Weights must be unpacked for the kernel.
     unpacks: bool,
     /// Taps that meet one pixel of an upsampled image are added up first: a block has the taps of one phase.
@@ -73,13 +73,11 @@ pub(crate) struct Plan<'a> {
     together: usize,
     /// Most rows of a block.
     block_rows: usize,
-    /// Operand rows that are widened at a time.
-    widened: Option<WidenedRows>,
 }
 
 /// A worker's scratch memory, cut up. Lengths in comments, for the block at hand.
 struct Buffers<'s> {
-    /// `[block_rows][chunk]` of the kernel's row elements, where rows are widened.
+    /// `[rows][chunk]` of the kernel's row elements, those of [`WidenedRows`].
     rows: &'s mut [u8],
     /// Scales of the rows, where they are rounded.
     row_scale: &'s mut [f32],
@@ -89,6 +87,16 @@ struct Buffers<'s> {
     products: &'s mut [[i32; TILE_COLUMNS]],
     /// `[together][block_rows]`, where taps are added up or half rows wait.
     sums: &'s mut [[f32; TILE_COLUMNS]],
+}
+
+/// Most operand rows that are copied for a block of `rows` rows whose taps share them.
+const fn copied_rows(rows: usize) -> usize {
+    rows + rows / 4
+}
+
+/// Bytes of the scales of `rows` rows, whole lines.
+const fn scales_bytes(rows: usize) -> usize {
+    (rows * size_of::<f32>()).next_multiple_of(ALIGN)
 }
 
 /// Runs `call` with `kernel`. The caller has checked the shapes.
@@ -157,8 +165,8 @@ pub(super) fn run(
         Filter { stride: 1, upsample: false, kw, .. } => kw,
         _ => 1,
     };
-    // Lines have ends.
-    let copied = if line > 1 { block_rows + block_rows / 4 } else { block_rows };
+    // At the ends of a line of pixels taps meet rows that no other row of the output meets.
+    let copied = if line > 1 { copied_rows(block_rows) } else { block_rows };
     let blocks = geometry.blocks(block_rows, line, copied, folds);
     let widened = widens.then_some(WidenedRows { rows: copied, line });
     let chunks = chunks(taps, weight.shape.k_padded(), kernel, widened, by_tap, rounds);
@@ -175,7 +183,7 @@ pub(super) fn run(
         out,
         geometry,
         chunks,
-        widens,
+        widened,
         unpacks,
         folds,
         by_tap,
@@ -192,7 +200,6 @@ pub(super) fn run(
             1
         },
         block_rows,
-        widened,
     };
 
     let pairs = weight.shape.panels().div_ceil(PAIR);
@@ -220,11 +227,19 @@ pub(super) fn run(
 
 impl<'a> Plan<'a> {
     fn cut<'s>(&self, scratch: &'s mut [u8]) -> Buffers<'s> {
-        let (rows, scratch) = scratch.split_at_mut(if self.widens { rows_bytes() } else { 0 });
-        let (row_scale, scratch) = scratch.split_at_mut(match self.widened {
-            Some(WidenedRows { rows, .. }) if self.rounds => (4 * rows).next_multiple_of(ALIGN),
-            _ => 0,
-        });
+        // The most that is cut: 16-bit rows, with scales, and the sums of a group's pairs.
+        const WANTED: usize = rows_bytes()
+            + scales_bytes(copied_rows(WIDENED_BLOCK_ROWS))
+            + Types::S16S16.broadcast_pair_bytes()
+            + (GROUP_PAIRS * WIDENED_BLOCK_ROWS + TILE_COLUMNS) * TILE_COLUMNS * 4;
+        const { assert!(WANTED <= SCRATCH_BYTES) };
+        let (widened, scales) = match self.widened {
+            Some(WidenedRows { rows, .. }) if self.rounds => (rows_bytes(), scales_bytes(rows)),
+            Some(_) => (rows_bytes(), 0),
+            None => (0, 0),
+        };
+        let (rows, scratch) = scratch.split_at_mut(widened);
+        let (row_scale, scratch) = scratch.split_at_mut(scales);
         let (weights, scratch) = scratch.split_at_mut(if self.unpacks { self.kernel.pair_bytes } else { 0 });
         let kept = self.together * self.block_rows;
         let products = if self.keeps { kept } else { self.kernel.mr };
@@ -247,7 +262,7 @@ impl<'a> Plan<'a> {
             if chunk.len == 0 {
                 // No inputs: the sums are zero, whatever the last task left here.
                 buffers.row_scale.fill(0.0);
-            } else if self.widens && chunk.shift == 0 {
+            } else if self.widened.is_some() && chunk.shift == 0 {
                 self.widen(buffers, tiles, chunk);
             }
             for (i, pair) in pairs.clone().enumerate() {
@@ -259,7 +274,7 @@ impl<'a> Plan<'a> {
                     chunk,
                     blocks: self.weights(buffers.weights, pair, columns.panels, chunk, tiles[0].phase),
                     tiles,
-                    rows: if self.widens { buffers.rows } else { self.rows() },
+                    rows: if self.widened.is_some() { buffers.rows } else { self.rows() },
                     row_scale: buffers.row_scale,
                     products: &mut buffers.products[if self.keeps { kept } else { 0 }..],
                     sums: if adds { &mut sums[kept..] } else { sums },

@@ -1,6 +1,6 @@
 //! Floats as whole numbers of 16 bits, for processors that multiply those faster than floats: each operand row and each output's
 //! weights get a scale of their own in each chunk of inputs, by the greatest of them there. Sums are exact: a row has as many bits as an
-//! i32 leaves it beside the weights, sign included 13 and more by float weights of 12, 16 by 8-bit ones, 15 by sums of those.
+//! i32 leaves it beside the weights, sign included 12.6 and more by float weights of 12, 16 by 8-bit ones, 15 by sums of those.
 #![forbid(unsafe_code)]
 
 use super::geometry::FOLDED_TAPS;

@@ -103,8 +103,9 @@ impl Plan<'_> {
     pub(crate) fn strip<S: Simd>(&self, s: S, strip: &mut Strip<'_>) {
         let &mut Strip { columns, chunk, tiles, finishes, .. } = strip;
         let element = self.kernel.types.row_bytes();
-        let row_bytes = if self.widens { chunk.len } else { self.weight.shape.k_padded() } * element;
-        let a_stride = if self.widens { row_bytes } else { row_bytes * self.geometry.operand_step };
+        let widens = self.widened.is_some();
+        let row_bytes = if widens { chunk.len } else { self.weight.shape.k_padded() } * element;
+        let a_stride = if widens { row_bytes } else { row_bytes * self.geometry.operand_step };
         // The slack of rows and panels is zero, so only the steps that hold inputs are taken.
         let k = (self.weight.shape.k - chunk.k).min(chunk.len).next_multiple_of(self.kernel.kr);
         let mut reach = Reach { phase: None, first: 0, taps: [0; MAX_TAPS], last: 0 };
@@ -127,7 +128,7 @@ impl Plan<'_> {
                 claim = Claim::NONE;
             }
             let widened = places.place(tile).0 + chunk.shift;
-            let at = if self.widens {
+            let at = if widens {
                 widened * row_bytes
             } else {
                 self.reach(&mut reach, tile, chunk, row_bytes);
