@@ -9,7 +9,7 @@ use super::chunks::{Chunk, WidenedRows, chunks, rows_bytes};
 use super::columns::Columns;
 use super::geometry::{FOLDED_TAPS, Geometry, Places, RowTile, folded};
 use super::shorts::row_most;
-use super::steps::{Out, Unpack, Widen};
+use super::steps::{Out, Steps, Unpack, Widen};
 use super::strip::{Ahead, Blocks, Half, Strip};
 use super::table::{GemmKernel, Types};
 use super::tile::TILE_COLUMNS;
@@ -45,6 +45,7 @@ const TASKS: usize = 16;
 /// A call, prepared for one kernel.
 pub(crate) struct Plan<'a> {
     pub(super) kernel: &'static GemmKernel,
+    steps: &'static Steps,
     pub(super) operand: Operand<'a>,
     pub(super) weight: Weight<'a>,
     pub(super) epilogue: Epilogue<'a>,
@@ -177,6 +178,7 @@ pub(super) fn run(
     };
     let plan = Plan {
         kernel,
+        steps: (kernel.steps)(),
         operand,
         weight,
         epilogue,
@@ -285,7 +287,7 @@ impl<'a> Plan<'a> {
                     columns: &columns,
                 };
                 // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
-                unsafe { (self.kernel.steps.strip)(self, &mut strip) };
+                unsafe { (self.steps.strip)(self, &mut strip) };
             }
         }
     }
@@ -358,7 +360,7 @@ impl<'a> Plan<'a> {
                 };
                 let out = out.next().expect("the buffer has room for a block");
                 // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
-                let scale = unsafe { (self.kernel.steps.widen)(&widen, out) };
+                let scale = unsafe { (self.steps.widen)(&widen, out) };
                 if let Some(of_row) = scales.next() {
                     *of_row = scale;
                 }
@@ -413,7 +415,7 @@ impl<'a> Plan<'a> {
                 let firsts = &firsts[..summed];
                 let unpack = Unpack { panel, encoding, types: self.kernel.types, firsts, tiles };
                 // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
-                let of_panel = unsafe { (self.kernel.steps.unpack)(&unpack, out) };
+                let of_panel = unsafe { (self.steps.unpack)(&unpack, out) };
                 scale[p * TILE_N..][..TILE_N].copy_from_slice(&of_panel);
             }
         }

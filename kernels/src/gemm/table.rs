@@ -97,8 +97,8 @@ pub struct GemmKernel {
     pub(crate) tile: TileFn,
     /// The multiplications of a tile whose operands needn't be fetched.
     pub(crate) peak: Peak,
-    /// What stands around the tiles, compiled for the same tier.
-    pub(crate) steps: &'static Steps,
+    /// What stands around the tiles, compiled for the same tier, with what else this machine has.
+    pub(crate) steps: fn() -> &'static Steps,
     /// Called by a thread that has run tiles and is about to do something else.
     pub(crate) leave: fn(),
 }

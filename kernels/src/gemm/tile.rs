@@ -315,7 +315,7 @@ macro_rules! broadcast_kernel {
                 }
                 $crate::gemm::table::Peak { run: peak, ops: $crate::gemm::tile::peak_ops::<$lanes>($mr, V) }
             },
-            steps: $steps,
+            steps: || $steps,
             taps: $crate::gemm::table::Types::$types.broadcast_taps(),
             claims: false,
             fetches: true,

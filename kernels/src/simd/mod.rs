@@ -325,6 +325,8 @@ pub fn dispatch<O: SimdOp>(isa: Isa, op: O) -> O::Output {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 | Isa::AvxVnni => x86::run_avx2(op),
         #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Vnni if x86::has_bf16() => x86::run_avx512_bf16(op),
+        #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Avx512Vnni => x86::run_avx512(op),
         #[cfg(target_arch = "x86_64")]
         Isa::Amx => x86::run_avx512_bf16(op),

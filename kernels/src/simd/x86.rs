@@ -47,6 +47,6 @@ mod shorts;
 pub(crate) use avx2::Avx2;
 use avx2::has_avx2;
 pub(super) use avx2::run_avx2;
-pub(crate) use avx512::Avx512;
 use avx512::has_avx512;
+pub(crate) use avx512::{Avx512, has_bf16};
 pub(super) use avx512::{run_avx512, run_avx512_bf16};

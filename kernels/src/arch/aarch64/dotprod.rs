@@ -122,7 +122,7 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     block_bytes: BLOCK_BYTES,
     tile: gemm_u8s8_48x16_dotprod,
     peak: Peak { run: peak, ops: by_lane::peak_ops::<S8S8>() },
-    steps: &super::STEPS,
+    steps: || &super::STEPS,
     taps: 1,
     claims: false,
     fetches: false,

@@ -12,17 +12,10 @@ use std::arch::asm;
 use std::cell::Cell;
 use std::mem::offset_of;
 
+use super::avx512;
 use crate::Isa;
-use crate::gemm::steps::steps;
 use crate::gemm::table::{GemmKernel, Peak, Types};
 use crate::gemm::tile::{MAX_TAPS, TILE_COLUMNS, TileArgs};
-
-steps!(
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
-    STEPS,
-    // SAFETY: the features of the functions around it, which every processor with AMX has.
-    unsafe { crate::simd::x86::Avx512::<true>::new() }
-);
 
 /// Rows of a tile register.
 const ROWS: usize = 16;
@@ -335,7 +328,7 @@ pub(crate) static GEMM_U8S8: GemmKernel = GemmKernel {
     block_bytes: BLOCK_BYTES,
     tile: gemm_u8s8_32x32_amx,
     peak: Peak { run: peak_u8s8, ops: peak_ops(1) },
-    steps: &STEPS,
+    steps: || &avx512::STEPS_BF16,
     taps: MAX_TAPS,
     claims: true,
     fetches: false,
@@ -353,7 +346,7 @@ pub(crate) static GEMM_BF16: GemmKernel = GemmKernel {
     block_bytes: BLOCK_BYTES,
     tile: gemm_bf16_32x32_amx,
     peak: Peak { run: peak_bf16, ops: peak_ops(2) },
-    steps: &STEPS,
+    steps: || &avx512::STEPS_BF16,
     taps: MAX_TAPS,
     claims: true,
     fetches: false,

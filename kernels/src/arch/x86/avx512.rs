@@ -14,6 +14,13 @@ steps!(
     unsafe { crate::simd::x86::Avx512::<false>::new() }
 );
 
+steps!(
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
+    STEPS_BF16,
+    // SAFETY: the features of the functions around it.
+    unsafe { crate::simd::x86::Avx512::<true>::new() }
+);
+
 integer_lanes!(
     /// 16 i32 sums of i16 by i16.
     S16S16: 512, 2 inputs, |acc, a, b| _mm512_add_epi32(acc, _mm512_madd_epi16(a, b))

@@ -4,7 +4,9 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::{avx512, integer_lanes};
+use crate::gemm::steps::Steps;
 use crate::gemm::tile::broadcast_kernel;
+use crate::simd::x86::has_bf16;
 
 integer_lanes!(
     /// 16 i32 sums of u8 by i8.
@@ -28,13 +30,18 @@ fn dpwssd(mut acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
     acc
 }
 
+/// What stands around the tiles: many processors with VNNI round to bf16 in one instruction.
+fn steps() -> &'static Steps {
+    if has_bf16() { &avx512::STEPS_BF16 } else { &avx512::STEPS }
+}
+
 broadcast_kernel!(
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
     GEMM_U8S8 = gemm_u8s8_12x32_avx512vnni: U8S8, Avx512Vnni, U8S8, 12 x 32, rows [1 2 3 4 5 6 7 8 9 10 11 12],
-    panels [1: 1, 2: 2], &avx512::STEPS
+    panels [1: 1, 2: 2], steps()
 );
 broadcast_kernel!(
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
     GEMM_S16S16 = gemm_s16s16_12x32_avx512vnni: S16S16, Avx512Vnni, S16S16, 12 x 32,
-    rows [1 2 3 4 5 6 7 8 9 10 11 12], panels [1: 1, 2: 2], &avx512::STEPS
+    rows [1 2 3 4 5 6 7 8 9 10 11 12], panels [1: 1, 2: 2], steps()
 );

@@ -41,6 +41,11 @@ pub(super) fn has_avx512() -> bool {
         && is_x86_feature_detected!("fma")
 }
 
+/// Whether the machine rounds to bf16 in one instruction.
+pub(crate) fn has_bf16() -> bool {
+    is_x86_feature_detected!("avx512bf16")
+}
+
 /// Runs `op` on AVX-512.
 pub(in crate::simd) fn run_avx512<O: SimdOp>(op: O) -> O::Output {
     assert!(has_avx512(), "no AVX-512 here");
@@ -50,7 +55,7 @@ pub(in crate::simd) fn run_avx512<O: SimdOp>(op: O) -> O::Output {
 
 /// Runs `op` on AVX-512 with AVX-512-BF16.
 pub(in crate::simd) fn run_avx512_bf16<O: SimdOp>(op: O) -> O::Output {
-    assert!(has_avx512() && is_x86_feature_detected!("avx512bf16"), "no AVX-512-BF16 here");
+    assert!(has_avx512() && has_bf16(), "no AVX-512-BF16 here");
     // SAFETY: the features were found; AVX2 is part of AVX-512.
     unsafe { enter_avx512_bf16(op) }
 }
@@ -76,6 +81,17 @@ impl<const BF16: bool> Avx512<BF16> {
             let r = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x40_0000));
             _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(r))
         })
+    }
+
+    /// `a`, then `b`.
+    #[inline(always)]
+    fn narrow_bf16_two(self, a: __m512, b: __m512) -> __m512i {
+        if BF16 {
+            // SAFETY: a `__m512bh` is a `__m512i`; the token proves the instruction.
+            return tier!(std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a)));
+        }
+        let (a, b) = (self.narrow_bf16(a), self.narrow_bf16(b));
+        tier!(_mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b))
     }
 
     #[inline(always)]
@@ -182,9 +198,8 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     #[inline(always)]
     fn store_bf16_two(self, a: __m512, b: __m512, dst: &mut [bf16], past: bool) {
         let dst = &mut dst[..32];
-        let (a, b) = (self.narrow_bf16(a), self.narrow_bf16(b));
+        let both = self.narrow_bf16_two(a, b);
         tier!({
-            let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b);
             if past && dst.as_ptr().addr().is_multiple_of(ALIGN) {
                 _mm512_stream_si512(dst.as_mut_ptr().cast(), both);
             } else {
