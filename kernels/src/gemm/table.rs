@@ -106,6 +106,12 @@ pub struct GemmKernel {
 /// [`GemmKernel::block_bytes`] for an L2 of 512 KiB or more.
 pub(crate) const BLOCK_BYTES: usize = 256 * 1024;
 
+/// [`GemmKernel::block_bytes`] of a kernel of `isa` that works by broadcasting: nearly every core with AVX-512-VNNI has an L2 of
+/// 1 MiB or more, and the fewer blocks, the fewer times weights are read.
+pub(crate) const fn broadcast_block_bytes(isa: Isa) -> usize {
+    if matches!(isa, Isa::Avx512Vnni) { 640 * 1024 } else { BLOCK_BYTES }
+}
+
 /// A kernel's multiplications with their operands in registers, or in a few lines of L1, independent enough that nothing but the
 /// multipliers bounds them.
 #[derive(Clone, Copy, Debug)]

@@ -303,7 +303,7 @@ macro_rules! broadcast_kernel {
             nr: $nr,
             kr: $kr,
             pair_bytes: $crate::gemm::table::Types::$types.broadcast_pair_bytes(),
-            block_bytes: $crate::gemm::table::BLOCK_BYTES,
+            block_bytes: $crate::gemm::table::broadcast_block_bytes($crate::Isa::$isa),
             tile: $name,
             peak: {
                 // Of all panels.

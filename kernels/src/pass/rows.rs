@@ -175,10 +175,10 @@ impl Maker<'_> {
             (row.inverse, scale[row.row]) =
                 if most < LEAST { (0.0, 0.0) } else { (127.0 / most, most / 127.0) };
         }
+        let sink = ScaledCodes { codes, stride };
         if bare {
-            self.sweep(s, rows, Ahead::NONE, Same, Codes { codes, stride, shift: 0.0 });
+            self.sweep(s, rows, Ahead::NONE, Same, sink);
         } else {
-            let sink = ScaledCodes { codes, stride };
             s.outline(SweepKept { source: &self.source, rows, kept, width, sink });
         }
     }
