@@ -4,7 +4,7 @@ use crate::reference::attention as reference;
 /// Every tier whose attention is a different one.
 fn tiers() -> Vec<Isa> {
     let mut tiers = crate::simd::tests::tiers();
-    let others = [Isa::AvxVnni, Isa::Avx512Vnni, Isa::Amx];
+    let others = [Isa::AvxVnni, Isa::Amx];
     tiers.extend(others.into_iter().filter(|isa| isa.is_available()));
     tiers
 }

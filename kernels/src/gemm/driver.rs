@@ -286,7 +286,7 @@ impl<'a> Plan<'a> {
                     holds: self.holds(pair, &pairs),
                     columns: &columns,
                 };
-                // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
+                // SAFETY: the kernel was picked for this machine, and so are its steps.
                 unsafe { (self.steps.strip)(self, &mut strip) };
             }
         }
@@ -359,7 +359,7 @@ impl<'a> Plan<'a> {
                     Operand::F32(_) => unreachable!("f32 rows are read where they lie"),
                 };
                 let out = out.next().expect("the buffer has room for a block");
-                // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
+                // SAFETY: the kernel was picked for this machine, and so are its steps.
                 let scale = unsafe { (self.steps.widen)(&widen, out) };
                 if let Some(of_row) = scales.next() {
                     *of_row = scale;
@@ -414,7 +414,7 @@ impl<'a> Plan<'a> {
                 }
                 let firsts = &firsts[..summed];
                 let unpack = Unpack { panel, encoding, types: self.kernel.types, firsts, tiles };
-                // SAFETY: the kernel was picked for this machine, and its steps are of its tier.
+                // SAFETY: the kernel was picked for this machine, and so are its steps.
                 let of_panel = unsafe { (self.steps.unpack)(&unpack, out) };
                 scale[p * TILE_N..][..TILE_N].copy_from_slice(&of_panel);
             }

@@ -97,7 +97,7 @@ pub struct GemmKernel {
     pub(crate) tile: TileFn,
     /// The multiplications of a tile whose operands needn't be fetched.
     pub(crate) peak: Peak,
-    /// What stands around the tiles, compiled for the same tier, with what else this machine has.
+    /// What stands around the tiles, compiled for the same tier and what else this machine has. Asked for once a call.
     pub(crate) steps: fn() -> &'static Steps,
     /// Called by a thread that has run tiles and is about to do something else.
     pub(crate) leave: fn(),

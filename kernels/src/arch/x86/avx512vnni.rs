@@ -30,7 +30,7 @@ fn dpwssd(mut acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
     acc
 }
 
-/// What stands around the tiles: many processors with VNNI round to bf16 in one instruction.
+/// What stands around the tiles, with the instruction that rounds to bf16 where the machine has it.
 fn steps() -> &'static Steps {
     if has_bf16() { &avx512::STEPS_BF16 } else { &avx512::STEPS }
 }
