@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use kernels::attention::{Attention, Mask, attention};
-use kernels::gemm::{Epilogue, Filter, Gemm, gemm, gemm_rows};
+use kernels::gemm::{Epilogue, Filter, Gemm, gemm_rows};
 use kernels::layout::Weight;
 use kernels::par::Shared;
 use kernels::pass::{
@@ -350,11 +350,7 @@ impl<'a> Session<'a> {
                         epilogue,
                         out: self.rows_mut(out, bank, pixels(out, at, rows)),
                     };
-                    if filter.upsample {
-                        gemm_rows(workers, isa, call, *skip..*skip + rows.len());
-                    } else {
-                        gemm(workers, isa, call);
-                    }
+                    gemm_rows(workers, isa, call, *skip..*skip + rows.len(), rows.start);
                 }
                 BandOp::Sums { source, groups, sums } => {
                     let part = |r: RowsBuf| (self.rows(r, bank, pixels(r, bands.output, rows)), r.c);

@@ -5,20 +5,21 @@
 
 use std::ops::Range;
 
+use super::call::Call;
 use super::chunks::{Chunk, WidenedRows, chunks, rows_bytes};
 use super::columns::Columns;
 use super::geometry::{FOLDED_TAPS, Geometry, Places, RowTile, folded};
 use super::shorts::row_most;
-use super::steps::{Out, Steps, Unpack, Widen};
+use super::steps::{Unpack, Widen};
 use super::strip::{Ahead, Blocks, Half, Strip};
 use super::table::{GemmKernel, Types};
 use super::tile::TILE_COLUMNS;
-use super::{Activation, Epilogue, Filter, Gemm};
+use super::{Activation, Filter, Gemm, winograd};
 use crate::Workers;
 use crate::arch::fence;
 use crate::layout::{ALIGN, Encoding, TILE_K, TILE_N, Weight};
-use crate::par::{SCRATCH_BYTES, Shared};
-use crate::view::{Operand, RowsMut};
+use crate::par::SCRATCH_BYTES;
+use crate::view::Operand;
 
 /// Panels under a tile.
 pub(super) const PAIR: usize = TILE_COLUMNS / TILE_N;
@@ -37,19 +38,12 @@ const UNPACKED_BLOCKS: usize = 4;
 const RESIDENT_WEIGHT: usize = 1024 * 1024;
 /// Most panel pairs whose sums a task keeps while chunks go by.
 const GROUP_PAIRS: usize = 10;
-/// An output of so many bytes goes past the caches: it leaves L2 anyway, and fetching its lines first costs more than the products.
-const PAST_BYTES: usize = 2 * 1024 * 1024;
 /// Fewest tasks a call is cut into, where its panels allow.
 const TASKS: usize = 16;
 
 /// A call, prepared for one kernel.
 pub(crate) struct Plan<'a> {
-    pub(super) kernel: &'static GemmKernel,
-    steps: &'static Steps,
-    pub(super) operand: Operand<'a>,
-    pub(super) weight: Weight<'a>,
-    pub(super) epilogue: Epilogue<'a>,
-    pub(super) out: Out<'a>,
+    pub(super) call: Call<'a>,
     pub(super) geometry: Geometry,
     chunks: Vec<Chunk>,
     /// Rows must be widened for the kernel, so many at a time.
@@ -60,14 +54,8 @@ pub(crate) struct Plan<'a> {
     folds: bool,
     /// Taps are added up in f32, as each meets pixels of other scales.
     pub(super) by_tap: bool,
-    /// Rows and float weights are rounded to i16 chunk by chunk, which are added up in f32.
-    pub(super) rounds: bool,
     /// Accumulators wait in memory between chunks.
     pub(super) keeps: bool,
-    /// Tiles of different images are finished differently.
-    pub(super) by_image: bool,
-    /// Rows go past the caches.
-    pub(super) past: bool,
     /// Two pairs of panels make a line.
     halves: bool,
     /// Panel pairs whose sums a task keeps while chunks go by.
@@ -100,21 +88,28 @@ const fn scales_bytes(rows: usize) -> usize {
     (rows * size_of::<f32>()).next_multiple_of(ALIGN)
 }
 
-/// Runs `call` with `kernel`. The caller has checked the shapes.
+/// Runs `gemm` with `kernel`, of each image rows `rows`, the first of which is row `line` of a picture. The caller has checked the
+/// shapes.
 pub(super) fn run(
     workers: &Workers,
     kernel: &'static GemmKernel,
-    call: Gemm<'_>,
+    gemm: Gemm<'_>,
     rows: Option<Range<usize>>,
+    line: usize,
 ) {
-    let Gemm { operand, input, filter, weight, epilogue, out } = call;
+    let Gemm { operand, input, filter, weight, epilogue, out } = gemm;
+    let call = Call::new(kernel, operand, weight, epilogue, out, if filter.upsample { 2 } else { 1 });
+    if winograd::suits(kernel, &operand, &filter, weight.shape, epilogue.activation) {
+        let rows = rows.unwrap_or(0..filter.output(&input).0);
+        return winograd::run(workers, &call, input, rows, line);
+    }
     let widens = !matches!(
         (operand, kernel.types),
         (Operand::U8 { .. } | Operand::U8Uniform { .. }, Types::U8S8 | Types::U8S4)
             | (Operand::Bf16(_), Types::Bf16)
             | (Operand::F32(_), Types::F32)
     );
-    let rounds = matches!((operand, kernel.types), (Operand::Bf16(_), Types::S16S16));
+    let rounds = call.rounds;
     // Where the kernel has room for sums of weights, or rounds weights anyway. Codes of all pixels have to mean the same.
     let folds = filter.upsample
         && match kernel.types {
@@ -130,21 +125,8 @@ pub(super) fn run(
         );
     let taps = if folds { FOLDED_TAPS } else { weight.shape.taps };
     let by_tap = matches!(operand, Operand::U8 { .. }) && taps > 1;
-    let by_image = matches!(operand, Operand::U8Uniform { .. }) || epilogue.image_bias.is_some();
     let row_bytes = (weight.shape.k_padded() * kernel.types.row_bytes()).max(1);
-    let columns = epilogue.activation.columns(weight.shape.n);
-    let (out_at, out_bytes) = match &out {
-        RowsMut::F32(out) => (out.as_ptr().addr(), size_of_val(&**out)),
-        RowsMut::Bf16(out) => (out.as_ptr().addr(), size_of_val(&**out)),
-    };
-    let past = out_bytes >= PAST_BYTES
-        && out_at.is_multiple_of(ALIGN)
-        && !epilogue.accumulate
-        && epilogue.residual.is_none()
-        && columns.is_multiple_of(TILE_COLUMNS)
-        // Sums of chunks leave half rows no room to wait.
-        && !(rounds && epilogue.activation == Activation::Geglu);
-    let halves = past && !by_tap && epilogue.activation == Activation::Geglu;
+    let halves = call.past && !by_tap && epilogue.activation == Activation::Geglu;
     // Where taps are added up or half lines wait, scratch memory has two blocks of sums, and has room for small ones only. Of
     // rounded rows one waits.
     let large = rounds || kernel.types == Types::S16S16 && !by_tap && !halves;
@@ -158,7 +140,8 @@ pub(super) fn run(
     } else {
         fits.min(BLOCK_ROWS).max(kernel.mr)
     };
-    let geometry = Geometry::new(&input, &filter, kernel.mr, by_image, rows, folds.then_some(block_rows));
+    let geometry =
+        Geometry::new(&input, &filter, kernel.mr, call.by_image, rows, folds.then_some(block_rows));
     // Taps whose operand rows lie side by side. Sums of a tap are finished before those of the next begin.
     let line = match filter {
         _ if by_tap || !widens => 1,
@@ -172,27 +155,15 @@ pub(super) fn run(
     let widened = widens.then_some(WidenedRows { rows: copied, line });
     let chunks = chunks(taps, weight.shape.k_padded(), kernel, widened, by_tap, rounds);
     let keeps = !chunks.iter().all(|chunk| chunk.first && chunk.last);
-    let out = match out {
-        RowsMut::F32(out) => Out::F32(Shared::new(out)),
-        RowsMut::Bf16(out) => Out::Bf16(Shared::new(out)),
-    };
     let plan = Plan {
-        kernel,
-        steps: (kernel.steps)(),
-        operand,
-        weight,
-        epilogue,
-        out,
+        call,
         geometry,
         chunks,
         widened,
         unpacks,
         folds,
         by_tap,
-        rounds,
         keeps,
-        by_image,
-        past,
         halves,
         together: if widens {
             GROUP_PAIRS
@@ -205,13 +176,9 @@ pub(super) fn run(
     };
 
     let pairs = weight.shape.panels().div_ceil(PAIR);
-    let mut group = pairs;
     // Widened rows are worth more than a pair.
-    let least = if halves || widens { 2 } else { 1 };
-    while blocks.len() * pairs.div_ceil(group.max(1)) < TASKS && group > least {
-        group = group.div_ceil(2).next_multiple_of(least);
-    }
-    let groups = pairs.div_ceil(group.max(1));
+    let group = group_pairs(blocks.len(), pairs, if halves || widens { 2 } else { 1 });
+    let groups = pairs.div_ceil(group);
     workers.for_each(blocks.len() * groups, |task, scratch| {
         let tiles = blocks[task / groups].clone();
         let first = task % groups * group;
@@ -221,10 +188,19 @@ pub(super) fn run(
             plan.run_group(&mut buffers, tiles.clone(), first..end);
         }
         (kernel.leave)();
-        if plan.past {
+        if plan.call.past {
             fence();
         }
     });
+}
+
+/// Panel pairs of a task, a multiple of `least` unless all: so few that `blocks` make enough tasks.
+pub(super) fn group_pairs(blocks: usize, pairs: usize, least: usize) -> usize {
+    let mut group = pairs.max(1);
+    while blocks * pairs.div_ceil(group) < TASKS && group > least {
+        group = group.div_ceil(2).next_multiple_of(least);
+    }
+    group
 }
 
 impl<'a> Plan<'a> {
@@ -236,16 +212,17 @@ impl<'a> Plan<'a> {
             + (GROUP_PAIRS * WIDENED_BLOCK_ROWS + TILE_COLUMNS) * TILE_COLUMNS * 4;
         const { assert!(WANTED <= SCRATCH_BYTES) };
         let (widened, scales) = match self.widened {
-            Some(WidenedRows { rows, .. }) if self.rounds => (rows_bytes(), scales_bytes(rows)),
+            Some(WidenedRows { rows, .. }) if self.call.rounds => (rows_bytes(), scales_bytes(rows)),
             Some(_) => (rows_bytes(), 0),
             None => (0, 0),
         };
         let (rows, scratch) = scratch.split_at_mut(widened);
         let (row_scale, scratch) = scratch.split_at_mut(scales);
-        let (weights, scratch) = scratch.split_at_mut(if self.unpacks { self.kernel.pair_bytes } else { 0 });
+        let (weights, scratch) =
+            scratch.split_at_mut(if self.unpacks { self.call.kernel.pair_bytes } else { 0 });
         let kept = self.together * self.block_rows;
-        let products = if self.keeps { kept } else { self.kernel.mr };
-        let sums = if self.by_tap || self.rounds || self.halves { kept } else { 0 };
+        let products = if self.keeps { kept } else { self.call.kernel.mr };
+        let sums = if self.by_tap || self.call.rounds || self.halves { kept } else { 0 };
         let (products, scratch) = scratch.split_at_mut(products * TILE_COLUMNS * 4);
         let sums = &mut scratch[..sums * TILE_COLUMNS * 4];
         Buffers {
@@ -269,8 +246,10 @@ impl<'a> Plan<'a> {
             }
             for (i, pair) in pairs.clone().enumerate() {
                 let kept = i * self.block_rows;
-                let columns = Columns::new(self, pair, Some(chunk));
-                let adds = self.by_tap || self.rounds;
+                let taps =
+                    if self.by_tap { chunk.tap..chunk.tap + 1 } else { 0..self.call.weight.shape.taps };
+                let columns = Columns::new(&self.call, pair, taps);
+                let adds = self.by_tap || self.call.rounds;
                 let (sums, held) = buffers.sums.split_at_mut(if adds { buffers.sums.len() } else { 0 });
                 let mut strip = Strip {
                     chunk,
@@ -287,7 +266,7 @@ impl<'a> Plan<'a> {
                     columns: &columns,
                 };
                 // SAFETY: the kernel was picked for this machine, and so are its steps.
-                unsafe { (self.steps.strip)(self, &mut strip) };
+                unsafe { (self.call.steps.strip)(self, &mut strip) };
             }
         }
     }
@@ -301,7 +280,7 @@ impl<'a> Plan<'a> {
 
     /// The operand's rows in bytes.
     fn rows(&self) -> &[u8] {
-        match self.operand {
+        match self.call.operand {
             Operand::U8 { codes, .. } | Operand::U8Uniform { codes, .. } => codes,
             Operand::Bf16(rows) => bytemuck::cast_slice(rows),
             Operand::F32(rows) => bytemuck::cast_slice(rows),
@@ -319,12 +298,12 @@ impl<'a> Plan<'a> {
             (0, pairs.end)
         };
         let chunk = &self.chunks[c];
-        let tile_bytes = self.weight.encoding.tile_bytes();
+        let tile_bytes = self.call.weight.encoding.tile_bytes();
         let tap = if self.folds { folded(tiles[0].phase, chunk.tap).next().unwrap_or(0) } else { chunk.tap };
-        let first = (tap * self.weight.shape.k_padded() + chunk.k) / TILE_K * tile_bytes;
+        let first = (tap * self.call.weight.shape.k_padded() + chunk.k) / TILE_K * tile_bytes;
         let panels = [0, 1].map(|p| match pair * PAIR + p {
-            panel if panel < self.weight.shape.panels() => {
-                &self.weight.panel(panel).tiles[first..first + chunk.len / TILE_K * tile_bytes]
+            panel if panel < self.call.weight.shape.panels() => {
+                &self.call.weight.panel(panel).tiles[first..first + chunk.len / TILE_K * tile_bytes]
             }
             _ => &[],
         });
@@ -341,10 +320,10 @@ impl<'a> Plan<'a> {
     /// Writes the rows that `tiles` meet in `chunk`, and in those that follow it for other taps of the line, as the kernel reads
     /// them: `[rows][chunk.len]`.
     fn widen(&self, buffers: &mut Buffers<'_>, tiles: &[RowTile], chunk: &Chunk) {
-        let stride = self.weight.shape.k_padded();
-        let mut out = buffers.rows.chunks_exact_mut(chunk.len * self.kernel.types.row_bytes());
+        let stride = self.call.weight.shape.k_padded();
+        let mut out = buffers.rows.chunks_exact_mut(chunk.len * self.call.kernel.types.row_bytes());
         let mut scales = buffers.row_scale.iter_mut();
-        let most = row_most(self.weight.encoding, chunk.len, self.folds);
+        let most = row_most(self.call.weight.encoding, chunk.len, self.folds);
         let mut places = self.places();
         for tile in tiles {
             let (at, copied) = places.place(tile);
@@ -352,15 +331,15 @@ impl<'a> Plan<'a> {
             for r in copied..places.rows() - at {
                 let row = first + r * self.geometry.operand_step;
                 let piece = row * stride + chunk.k..row * stride + chunk.k + chunk.len;
-                let widen = match self.operand {
+                let widen = match self.call.operand {
                     Operand::U8 { codes, .. } | Operand::U8Uniform { codes, .. } => Widen::U8(&codes[piece]),
-                    Operand::Bf16(rows) if self.rounds => Widen::Rounded(&rows[piece], most),
+                    Operand::Bf16(rows) if self.call.rounds => Widen::Rounded(&rows[piece], most),
                     Operand::Bf16(rows) => Widen::Bf16(&rows[piece]),
                     Operand::F32(_) => unreachable!("f32 rows are read where they lie"),
                 };
                 let out = out.next().expect("the buffer has room for a block");
                 // SAFETY: the kernel was picked for this machine, and so are its steps.
-                let scale = unsafe { (self.steps.widen)(&widen, out) };
+                let scale = unsafe { (self.call.steps.widen)(&widen, out) };
                 if let Some(of_row) = scales.next() {
                     *of_row = scale;
                 }
@@ -380,7 +359,7 @@ impl<'a> Plan<'a> {
     where
         'a: 'b,
     {
-        let Weight { encoding, shape, bytes } = self.weight;
+        let Weight { encoding, shape, bytes } = self.call.weight;
         if chunk.len == 0 {
             return Blocks { bytes: &[], stride: 0, tap: 0, scale: [1.0; _] };
         }
@@ -395,11 +374,11 @@ impl<'a> Plan<'a> {
             let len = (panels - 1) * stride + (chunk.taps - 1) * tap + tiles * encoding.tile_bytes();
             return Blocks { bytes: &bytes[start..start + len], stride, tap, scale: [1.0; _] };
         }
-        let tap = tiles * self.kernel.types.tile_bytes();
+        let tap = tiles * self.call.kernel.types.tile_bytes();
         let stride = chunk.taps * tap;
         let mut scale = [1.0; TILE_COLUMNS];
         for (p, out) in out.chunks_exact_mut(stride).take(panels).enumerate() {
-            let panel = self.weight.panel(pair * PAIR + p);
+            let panel = self.call.weight.panel(pair * PAIR + p);
             for (i, out) in out.chunks_exact_mut(tap).enumerate() {
                 let mut firsts = [0; FOLDED_TAPS];
                 let mut summed = 0;
@@ -413,9 +392,9 @@ impl<'a> Plan<'a> {
                     summed = 1;
                 }
                 let firsts = &firsts[..summed];
-                let unpack = Unpack { panel, encoding, types: self.kernel.types, firsts, tiles };
+                let unpack = Unpack { panel, encoding, types: self.call.kernel.types, firsts, tiles };
                 // SAFETY: the kernel was picked for this machine, and so are its steps.
-                let of_panel = unsafe { (self.steps.unpack)(&unpack, out) };
+                let of_panel = unsafe { (self.call.steps.unpack)(&unpack, out) };
                 scale[p * TILE_N..][..TILE_N].copy_from_slice(&of_panel);
             }
         }

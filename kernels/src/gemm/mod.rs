@@ -1,5 +1,6 @@
 //! Linear layers and convolutions: operand rows times encoded weight panels, with an epilogue.
 
+mod call;
 mod check;
 mod chunks;
 mod columns;
@@ -13,6 +14,7 @@ pub(crate) mod table;
 mod tests;
 pub(crate) mod tile;
 mod unpack;
+pub(crate) mod winograd;
 
 pub use table::{GemmKernel, Types, kernels};
 
@@ -123,20 +125,40 @@ pub fn pick(isa: Isa, operand: &Operand<'_>, encoding: Encoding) -> &'static Gem
     kernel.expect("the scalar tier has a kernel for rows that suit the encoding")
 }
 
-/// Runs `call` with the kernel that [`pick`] finds.
+/// Runs `call` with the best kernel of tier `isa`: the one that [`pick`] finds, unless another has fewer products to make.
 ///
 /// # Panics
 /// Where shapes don't agree, or the machine lacks tier `isa`.
 pub fn gemm(workers: &Workers, isa: Isa, call: Gemm<'_>) {
-    let kernel = pick(isa, &call.operand, call.weight.encoding);
+    let kernel = best(isa, &call);
     gemm_with(workers, kernel, call);
 }
 
 /// As [`gemm`], but of each output image only rows `rows` are computed, and `out` and `residual` hold just these: a band of a
-/// convolution whose operand holds the pixels that the band meets.
-pub fn gemm_rows(workers: &Workers, isa: Isa, call: Gemm<'_>, rows: Range<usize>) {
-    let kernel = pick(isa, &call.operand, call.weight.encoding);
-    run(workers, kernel, call, Some(rows));
+/// convolution whose operand holds the pixels that the band meets. The first of them is row `line` of the whole image: so the bands
+/// of an image are what the image is, to the last bit.
+pub fn gemm_rows(workers: &Workers, isa: Isa, call: Gemm<'_>, rows: Range<usize>, line: usize) {
+    let kernel = best(isa, &call);
+    run(workers, kernel, call, Some(rows), line);
+}
+
+/// The kernel for `call`: that of [`pick`], or of the same tier the one of 16-bit numbers where that has fewer products to make.
+fn best(isa: Isa, call: &Gemm<'_>) -> &'static GemmKernel {
+    let picked = pick(isa, &call.operand, call.weight.encoding);
+    let fewer = |kernel: &&&'static GemmKernel| {
+        kernel.isa == picked.isa
+            && winograd::suits(
+                kernel,
+                &call.operand,
+                &call.filter,
+                call.weight.shape,
+                call.epilogue.activation,
+            )
+    };
+    match picked.types {
+        Types::U8S4 => kernels().iter().find(fewer).unwrap_or(&picked),
+        _ => picked,
+    }
 }
 
 /// Runs `call` with `kernel`, which must suit its operand and weight.
@@ -144,10 +166,16 @@ pub fn gemm_rows(workers: &Workers, isa: Isa, call: Gemm<'_>, rows: Range<usize>
 /// # Panics
 /// Where shapes don't agree, the kernel doesn't suit, or the machine lacks its tier.
 pub fn gemm_with(workers: &Workers, kernel: &'static GemmKernel, call: Gemm<'_>) {
-    run(workers, kernel, call, None);
+    run(workers, kernel, call, None, 0);
 }
 
-fn run(workers: &Workers, kernel: &'static GemmKernel, call: Gemm<'_>, rows: Option<Range<usize>>) {
+fn run(
+    workers: &Workers,
+    kernel: &'static GemmKernel,
+    call: Gemm<'_>,
+    rows: Option<Range<usize>>,
+    line: usize,
+) {
     assert!(kernel.isa.is_available(), "{} on a machine without {}", kernel.name, kernel.isa.name());
     assert!(
         kernel.suits(&call.operand, call.weight.encoding),
@@ -156,5 +184,5 @@ fn run(workers: &Workers, kernel: &'static GemmKernel, call: Gemm<'_>, rows: Opt
         call.weight.encoding
     );
     check::shapes(&call, rows.as_ref());
-    driver::run(workers, kernel, call, rows);
+    driver::run(workers, kernel, call, rows, line);
 }

@@ -14,7 +14,7 @@ const WEIGHT_MOST: usize = 2047;
 /// Magnitudes below this are 0.
 const LEAST: f32 = 1e-30;
 /// The bits of an f16 or bf16 without its sign: in the order of magnitudes, not a number last.
-const MAGNITUDE: u16 = 0x7FFF;
+pub(super) const MAGNITUDE: u16 = 0x7FFF;
 
 /// The greatest whole number that an input may become where `inputs` of them meet weights of `encoding`, `folds` if some are sums
 /// of several taps.
@@ -30,7 +30,7 @@ pub(super) fn row_most(encoding: Encoding, inputs: usize, folds: bool) -> f32 {
 /// `(scale, factor)`: `x * factor` has a magnitude of at most `most` where `x` has one of at most `greatest`, and times `scale`
 /// gives `x` again. A scale that is not a number tells of a `greatest` that is none or infinite.
 #[inline(always)]
-fn scale_of(greatest: f32, most: f32) -> (f32, f32) {
+pub(super) fn scale_of(greatest: f32, most: f32) -> (f32, f32) {
     if !greatest.is_finite() {
         (f32::NAN, 0.0)
     } else if greatest < LEAST {

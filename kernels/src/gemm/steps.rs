@@ -2,10 +2,13 @@
 //! once in plain Rust whose loops of 16 become vectors; [`steps!`] compiles it for a tier.
 
 use super::Activation;
+pub(crate) use super::call::Call;
 pub(crate) use super::driver::Plan;
 pub(crate) use super::strip::Strip;
 use super::tile::{Claim, TILE_COLUMNS};
 pub(crate) use super::unpack::{Unpack, Widen, unpack, widen};
+pub(crate) use super::winograd::Pass;
+pub(crate) use super::winograd::transform::{Filters, Patch, Patches, Taps, transform_patch, transform_taps};
 use crate::bf16;
 use crate::layout::TILE_N;
 use crate::par::Shared;
@@ -18,6 +21,9 @@ pub(crate) struct Steps {
     pub(crate) widen: unsafe fn(&Widen<'_>, &mut [u8]) -> f32,
     pub(crate) unpack: unsafe fn(&Unpack<'_>, &mut [u8]) -> [f32; TILE_N],
     pub(crate) strip: unsafe fn(&Plan<'_>, &mut Strip<'_>),
+    pub(crate) patch: unsafe fn(&Patch<'_>, usize, &mut Patches<'_>),
+    pub(crate) taps: unsafe fn(&Taps<'_>, &mut Filters<'_>),
+    pub(crate) pass: unsafe fn(&Call<'_>, &mut Pass<'_>),
 }
 
 /// Compiles the steps for a tier: `steps!(#[target_feature(...)] NAME, token)`, where `token` is the tier's
@@ -38,7 +44,26 @@ macro_rules! steps {
             fn run_strip(plan: &Plan<'_>, args: &mut Strip<'_>) {
                 plan.strip($token, args)
             }
-            Steps { widen: widen_rows, unpack: unpack_tiles, strip: run_strip }
+            $(#[$attribute])*
+            fn run_patch(patch: &Patch<'_>, i: usize, out: &mut Patches<'_>) {
+                transform_patch($token, patch, i, out)
+            }
+            $(#[$attribute])*
+            fn run_taps(args: &Taps<'_>, out: &mut Filters<'_>) {
+                transform_taps($token, args, out)
+            }
+            $(#[$attribute])*
+            fn run_pass(call: &Call<'_>, args: &mut Pass<'_>) {
+                call.pass($token, args)
+            }
+            Steps {
+                widen: widen_rows,
+                unpack: unpack_tiles,
+                strip: run_strip,
+                patch: run_patch,
+                taps: run_taps,
+                pass: run_pass,
+            }
         };
     };
 }

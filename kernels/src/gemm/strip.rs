@@ -1,11 +1,12 @@
 //! A pair of panels passes by the row tiles of a block, in one chunk of inputs: products, sums over taps, finished rows.
 //! [`steps!`](super::steps::steps) compiles it for a tier, so that all but the tile function is one function.
 
+use super::call::Terms;
 use super::chunks::Chunk;
 use super::columns::Columns;
 use super::driver::{PAIR, Plan};
 use super::geometry::RowTile;
-use super::steps::{AddChunk, AddTap, Finish, Held, Sums, Target, add_chunk, add_tap, finish};
+use super::steps::{AddChunk, AddTap, Held, Sums, add_chunk, add_tap, finish};
 use super::tile::{Claim, MAX_TAPS, Next, TILE_COLUMNS, TileArgs, UNROLLED};
 use crate::arch::prefetch;
 use crate::layout::{ALIGN, TILE_N};
@@ -91,39 +92,33 @@ struct Reach {
     last: usize,
 }
 
-/// What finishing a tile adds that may differ from image to image.
-struct Terms {
-    image: Option<usize>,
-    bias: [f32; TILE_COLUMNS],
-    offset: [i32; TILE_COLUMNS],
-}
-
 impl Plan<'_> {
     #[inline(always)]
     pub(crate) fn strip<S: Simd>(&self, s: S, strip: &mut Strip<'_>) {
         let &mut Strip { columns, chunk, tiles, finishes, .. } = strip;
-        let element = self.kernel.types.row_bytes();
+        let call = &self.call;
+        let element = call.kernel.types.row_bytes();
         let widens = self.widened.is_some();
-        let row_bytes = if widens { chunk.len } else { self.weight.shape.k_padded() } * element;
+        let row_bytes = if widens { chunk.len } else { call.weight.shape.k_padded() } * element;
         let a_stride = if widens { row_bytes } else { row_bytes * self.geometry.operand_step };
         // The slack of rows and panels is zero, so only the steps that hold inputs are taken.
-        let k = (self.weight.shape.k - chunk.k).min(chunk.len).next_multiple_of(self.kernel.kr);
+        let k = (call.weight.shape.k - chunk.k).min(chunk.len).next_multiple_of(call.kernel.kr);
         let mut reach = Reach { phase: None, first: 0, taps: [0; MAX_TAPS], last: 0 };
-        let mut terms = Terms { image: None, bias: columns.bias, offset: columns.offset };
+        let mut terms = Terms::new(columns);
         let mut row = 0;
         let mut places = self.places();
         let mut next =
-            if self.kernel.fetches { strip.ahead.next(chunk.taps * k / self.kernel.kr) } else { Next::NONE };
+            if call.kernel.fetches { strip.ahead.next(chunk.taps * k / call.kernel.kr) } else { Next::NONE };
         for tile in tiles {
-            if !self.kernel.fetches {
+            if !call.kernel.fetches {
                 strip.ahead.prefetch();
             }
-            let mut claim = if finishes && !self.past {
-                self.target(columns, tile).claim(tile.rows)
+            let mut claim = if finishes && !call.past {
+                call.target(columns, tile).claim(tile.rows)
             } else {
                 Claim::NONE
             };
-            if !self.kernel.claims {
+            if !call.kernel.claims {
                 claim.ask();
                 claim = Claim::NONE;
             }
@@ -169,7 +164,7 @@ impl Plan<'_> {
                 add_tap(s, &tap, added);
                 sums = Some(&*added);
             }
-            if self.rounds {
+            if call.rounds {
                 let first = chunk.tap == 0 && chunk.k == 0;
                 let row_scale = &strip.row_scale[widened..widened + tile.rows];
                 let chunk = AddChunk { products, row: row_scale, column: &strip.blocks.scale, first };
@@ -178,12 +173,10 @@ impl Plan<'_> {
                 sums = Some(&*added);
             }
             if finishes {
-                if self.by_image && terms.image != Some(tile.image) {
-                    self.terms(columns, tile.image, &mut terms);
-                }
+                call.update(columns, tile.image, &mut terms);
                 let sums = match sums {
                     Some(sums) => Sums::Float(sums),
-                    None if self.kernel.types.is_integer() => {
+                    None if call.kernel.types.is_integer() => {
                         let (scale, scale_step) = self.row_scale(tile, 0);
                         Sums::Integer { sums: products, offset: &terms.offset, scale, scale_step }
                     }
@@ -194,17 +187,7 @@ impl Plan<'_> {
                     Some(Half::First) => Held::First(&mut strip.held[row..row + tile.rows]),
                     Some(Half::Second) => Held::Second(&strip.held[row..row + tile.rows]),
                 };
-                let mut finishing = Finish {
-                    sums,
-                    scale: &columns.scale,
-                    bias: &terms.bias,
-                    activation: self.epilogue.activation,
-                    residual: self.epilogue.residual,
-                    accumulate: self.epilogue.accumulate,
-                    past: self.past,
-                    held,
-                    target: self.target(columns, tile),
-                };
+                let mut finishing = call.finishing(columns, tile, &terms, sums, held);
                 finish(s, &mut finishing);
             }
             row += tile.rows;
@@ -228,14 +211,15 @@ impl Plan<'_> {
     /// The products of a tile, by the kernel: as many panels of `args` at a time as it takes, from `blocks` to `products`.
     #[inline(always)]
     fn multiply(&self, args: TileArgs, products: &mut [[i32; TILE_COLUMNS]], blocks: &Blocks<'_>) {
-        let kernel = self.kernel;
+        let kernel = self.call.kernel;
         assert!(args.rows == products.len() && args.rows <= kernel.mr);
         if args.k == 0 {
             products.fill([0; TILE_COLUMNS]);
             return;
         }
         let at_once = kernel.nr / TILE_N;
-        for p in (0..args.panels).step_by(at_once) {
+        let mut p = 0;
+        while p < args.panels {
             let args = TileArgs {
                 b: blocks.bytes[p * blocks.stride..].as_ptr(),
                 panels: at_once.min(args.panels - p),
@@ -246,46 +230,19 @@ impl Plan<'_> {
             // SAFETY: the kernel was picked for this machine; each tap's a reaches rows * k elements (`strip` asserts it), b
             // holds the blocks of chunk.len >= k inputs of each tap and panel, c is `products`, borrowed here alone.
             unsafe { (kernel.tile)(&args) };
+            p += at_once;
         }
     }
 
     /// The scale of the operand row that row 0 of `tile` meets at `tap`, and from there to the next row's.
     #[inline(always)]
     fn row_scale(&self, tile: &RowTile, tap: usize) -> (&[f32], usize) {
-        match self.operand {
+        match self.call.operand {
             Operand::U8 { scale, .. } => {
                 (&scale[tile.base + self.geometry.offset(tile.phase, tap)..], self.geometry.operand_step)
             }
             Operand::U8Uniform { images, .. } => (std::slice::from_ref(&images[tile.image].scale), 0),
             Operand::Bf16(_) | Operand::F32(_) => (&[1.0], 0),
-        }
-    }
-
-    /// Where `tile` goes.
-    #[inline(always)]
-    fn target(&self, columns: &Columns, tile: &RowTile) -> Target<'_> {
-        let activation = self.epilogue.activation;
-        Target {
-            out: &self.out,
-            ldo: activation.columns(self.weight.shape.n),
-            row: tile.row,
-            row_step: self.geometry.row_step,
-            column: activation.columns(columns.first),
-            columns: activation.columns(columns.inputs),
-        }
-    }
-
-    /// What finishing the tiles of `image` adds.
-    fn terms(&self, columns: &Columns, image: usize, terms: &mut Terms) {
-        *terms = Terms { image: Some(image), bias: columns.bias, offset: columns.offset };
-        if let Operand::U8Uniform { images, .. } = self.operand {
-            terms.offset = terms.offset.map(|sum| sum * images[image].zero);
-        }
-        if let Some(image_bias) = self.epilogue.image_bias {
-            let image_bias = &image_bias[image * self.weight.shape.n + columns.first..][..columns.inputs];
-            for (bias, x) in terms.bias.iter_mut().zip(image_bias) {
-                *bias += x;
-            }
         }
     }
 }

@@ -278,8 +278,11 @@ fn chunked_convolutions() {
     let border = Border { top: 1, left: 1, bottom: 1, right: 1 };
     let filter = Filter { kh: 3, kw: 3, stride: 1, upsample: false };
     for (encoding, rank) in kinds() {
-        let input = ImageShape { batch: 1, h: 3, w: 5, border };
-        Case { input, filter, ..Case::linear(1, 17, 2100, encoding, rank) }.check();
+        // Many inputs; a line of more pixels than a block; more panels than a task keeps.
+        for (h, w, n, k) in [(3, 5, 17, 2100), (2, 300, 20, 40), (3, 4, 210, 64)] {
+            let input = ImageShape { batch: 1, h, w, border };
+            Case { input, filter, ..Case::linear(1, n, k, encoding, rank) }.check();
+        }
     }
 }
 
@@ -366,7 +369,8 @@ fn rows_of_pixels_are_independent() {
                     let mut out = vec![f32::NAN; rows.len() * w * shape.n];
                     let (epilogue, to) = (Epilogue::default(), RowsMut::F32(&mut out));
                     let call = Gemm { operand: left.view(), input, filter, weight, epilogue, out: to };
-                    super::driver::run(&Workers::new(1), kernel, call, Some(rows));
+                    let line = rows.start;
+                    super::driver::run(&Workers::new(1), kernel, call, Some(rows), line);
                     out
                 };
                 let whole = run(0..h);
@@ -400,7 +404,10 @@ fn in_place_and_in_part_as_a_whole() {
             let call = Gemm { operand: left.view(), input, filter, weight, epilogue, out };
             let workers = Workers::new(2);
             match rows {
-                Some(rows) => gemm_rows(&workers, Isa::detect(), call, rows),
+                Some(rows) => {
+                    let line = rows.start;
+                    gemm_rows(&workers, Isa::detect(), call, rows, line);
+                }
                 None => gemm(&workers, Isa::detect(), call),
             }
         };

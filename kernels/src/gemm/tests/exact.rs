@@ -47,6 +47,50 @@ fn integer_sums_are_exact() {
     }
 }
 
+/// So they are of a filter, up to the largest sums of 2100 inputs: transforms of rows and weights lose nothing.
+#[test]
+fn sums_of_filters_are_exact() {
+    let border = Border { top: 1, left: 1, bottom: 1, right: 1 };
+    let filter = Filter { kh: 3, kw: 3, stride: 1, upsample: false };
+    for (h, w, n, k, zero) in [(4, 5, 20, 2100, 1), (3, 2, 33, 64, 255), (5, 9, 17, 130, 128)] {
+        let mut random = Random::new(9);
+        let input = ImageShape { batch: 1, h, w, border };
+        let shape = WeightShape { n, taps: 9, k };
+        let mut left = Left::new(&mut random, Rank::U8Uniform, &input, k, shape.k_padded());
+        left.images = vec![Coding { scale: 1.0, zero }];
+        for (i, code) in left.codes.iter_mut().enumerate() {
+            let (row, i) = (i / shape.k_padded(), i % shape.k_padded());
+            let (y, x) = (row / input.full_w(), row % input.full_w());
+            let inside = (1..=h).contains(&y) && (1..=w).contains(&x) && i < k;
+            *code = match random.bits() % 3 {
+                _ if !inside => zero as u8,
+                0 => 1,
+                _ => 255,
+            };
+        }
+        // The widest weight of each output is 127, so its scale is 1; all of the first's are, and the second's take turns.
+        let mut src: Vec<f32> = (0..n * 9 * k).map(|_| (random.bits() % 255) as f32 - 127.0).collect();
+        src.iter_mut().step_by(9 * k).for_each(|w| *w = 127.0);
+        src[..9 * k].fill(127.0);
+        for (i, w) in src[9 * k..18 * k].iter_mut().enumerate() {
+            *w = if (i / k).is_multiple_of(2) { 127.0 } else { -127.0 };
+        }
+        let mut bytes = vec![0; shape.bytes(Encoding::Q8)];
+        quantize::encode(Encoding::Q8, shape, &src, &mut bytes);
+        let weight = Weight::new(Encoding::Q8, shape, &bytes);
+        let expected = reference::products(&left.view(), &input, &filter, &weight, false);
+        for kernel in kernels_here().filter(|kernel| kernel.suits(&left.view(), Encoding::Q8)) {
+            let mut out = vec![f32::NAN; h * w * n];
+            let (epilogue, to) = (Epilogue::default(), RowsMut::F32(&mut out));
+            let call = Gemm { operand: left.view(), input, filter, weight, epilogue, out: to };
+            gemm_with(&Workers::new(1), kernel, call);
+            for (i, (&y, &sum)) in out.iter().zip(&expected).enumerate() {
+                assert_eq!(y, sum as f32, "{} {h}x{w} {n}x{k} [{i}]", kernel.name);
+            }
+        }
+    }
+}
+
 /// A row with a number that is none gives outputs that are none, and so does one that is infinite; the others don't.
 #[test]
 fn what_is_not_finite_stays_so() {

@@ -1,0 +1,367 @@
+//! 3 x 3 convolutions of stride 1 by Winograd's F(2 x 2, 3 x 3) (Lavin and Gray, "Fast algorithms for convolutional neural
+//! networks", 2016): 2 x 2 outputs of a patch of 4 x 4 pixels take 16 products of transformed inputs and weights instead of 36,
+//!
+//! ```text
+//! y = A^T [(G g G^T) * (B^T d B)] A
+//! ```
+//!
+//! each of the 16 **points** a product of matrices, whose inner sides are the inputs.
+//!
+//! Of 8-bit codes all of it is whole numbers, 4 times as large, of no more than 16 bits before the products, so the sums are those
+//! of the taps. bf16 rows and float weights are transformed in f32 and become whole numbers as in `gemm/shorts.rs`.
+
+pub(crate) mod transform;
+
+use std::ops::Range;
+
+use self::transform::{
+    Filters, Patch, Patches, Products, Rounding, SIDE, TILE, Taps, add_floats, add_integers,
+};
+use super::call::{Call, Terms};
+use super::columns::Columns;
+use super::driver::{PAIR, group_pairs};
+use super::geometry::RowTile;
+use super::steps::{Held, Sums, finish};
+use super::table::Types;
+use super::tile::{Claim, Next, TILE_COLUMNS, TileArgs};
+use super::{Activation, Filter, GemmKernel};
+use crate::Workers;
+use crate::arch::fence;
+use crate::layout::{TILE_K, TILE_N, WeightShape};
+use crate::par::SCRATCH_BYTES;
+use crate::simd::Simd;
+use crate::view::{ImageShape, Operand};
+
+/// Products of a patch and an output.
+pub(crate) const POINTS: usize = SIDE * SIDE;
+/// Lines between points, so that those of the same place don't fall into the same set of L1.
+const PLANE: usize = PATCHES + 1;
+/// The weights of a panel at a point, and room so that those of all points don't fall into the same set of L1.
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub(crate) struct PanelWeights(pub(crate) [i16; TILE], [i16; 32]);
+
+/// Of a pair.
+pub(crate) type PairWeights = [PanelWeights; PAIR];
+
+/// Most patches of a block.
+const PATCHES: usize = 64;
+/// Most panel pairs whose sums a task keeps while chunks of inputs go by.
+const TOGETHER: usize = 5;
+/// Fewest inputs that are worth it.
+const LEAST_INPUTS: usize = TILE_K / 2 + 1;
+/// Fewest outputs.
+const LEAST_OUTPUTS: usize = TILE_N + 1;
+
+/// Whether `kernel` takes a call so. Neither batch nor height matter, which differ between bands of one picture.
+pub(super) fn suits(
+    kernel: &GemmKernel,
+    operand: &Operand<'_>,
+    filter: &Filter,
+    shape: WeightShape,
+    activation: Activation,
+) -> bool {
+    kernel.types == Types::S16S16
+        && *filter == (Filter { kh: 3, kw: 3, stride: 1, upsample: false })
+        && matches!(operand, Operand::U8Uniform { .. } | Operand::Bf16(_))
+        && activation != Activation::Geglu
+        && shape.k >= LEAST_INPUTS
+        && shape.n >= LEAST_OUTPUTS
+}
+
+/// Patches side by side.
+#[derive(Clone, Copy, Debug)]
+struct Line {
+    image: usize,
+    /// Output row of the upper outputs, counted in those that the operand yields; -1 where only the lower ones are wanted.
+    y: isize,
+    /// First output column.
+    x: usize,
+    /// Patches.
+    count: usize,
+}
+
+/// The patches of a call.
+struct Layout {
+    input: ImageShape,
+    /// Output rows that are wanted.
+    rows: Range<usize>,
+    w: usize,
+    lines: Vec<Line>,
+}
+
+impl Layout {
+    fn new(input: ImageShape, rows: Range<usize>, line: usize) -> Layout {
+        let w = input.full_w() - 2;
+        let mut lines = vec![];
+        let pieces = w.div_ceil(2).div_ceil(PATCHES);
+        for image in 0..input.batch {
+            let first = rows.start as isize - (line % 2) as isize;
+            for y in (first..rows.end as isize).step_by(2) {
+                for i in 0..pieces {
+                    let cut = |i: usize| w.div_ceil(2) * i / pieces;
+                    lines.push(Line { image, y, x: 2 * cut(i), count: cut(i + 1) - cut(i) });
+                }
+            }
+        }
+        Layout { input, rows, w, lines }
+    }
+
+    fn blocks(&self) -> Vec<Range<usize>> {
+        let mut blocks: Vec<Range<usize>> = vec![];
+        let mut filled = PATCHES;
+        for (i, line) in self.lines.iter().enumerate() {
+            filled += line.count;
+            match blocks.last_mut() {
+                Some(block) if filled <= PATCHES => block.end = i + 1,
+                _ => {
+                    blocks.push(i..i + 1);
+                    filled = line.count;
+                }
+            }
+        }
+        blocks
+    }
+
+    /// The operand rows of patch `i` of `line`. Where outputs aren't wanted a patch may reach beyond the image: any pixel will do.
+    fn pixels(&self, line: &Line, i: usize) -> [usize; POINTS] {
+        let (full_h, full_w) = (self.input.full_h(), self.input.full_w());
+        std::array::from_fn(|p| {
+            let y = (line.y + (p / SIDE) as isize).clamp(0, full_h as isize - 1) as usize;
+            let x = (line.x + 2 * i + p % SIDE).min(full_w - 1);
+            (line.image * full_h + y) * full_w + x
+        })
+    }
+
+    /// The first output row of the call and how many follow it, of `line`'s upper (0) or lower (1) outputs.
+    fn outputs(&self, line: &Line, lower: usize) -> Option<(usize, usize)> {
+        let y = usize::try_from(line.y + lower as isize).ok().filter(|y| self.rows.contains(y))?;
+        let row = (line.image * self.rows.len() + y - self.rows.start) * self.w + line.x;
+        Some((row, (2 * line.count).min(self.w - line.x)))
+    }
+}
+
+/// A worker's scratch memory, cut up.
+struct Buffers<'s> {
+    patches: Patches<'s>,
+    weights: &'s mut [PairWeights; POINTS],
+    products: &'s mut [[[i32; TILE_COLUMNS]; PLANE]; POINTS],
+    /// `[TOGETHER][2][2 * PATCHES]`.
+    sums: &'s mut [[i32; TILE_COLUMNS]],
+}
+
+impl Buffers<'_> {
+    fn cut(scratch: &mut [u8]) -> Buffers<'_> {
+        const SIZES: [usize; 6] = [
+            POINTS * PLANE * TILE_K * 2,
+            POINTS * PLANE * 4,
+            size_of::<[PairWeights; POINTS]>(),
+            POINTS * PLANE * TILE_COLUMNS * 4,
+            POINTS * TILE_K * 4,
+            TOGETHER * 4 * PATCHES * TILE_COLUMNS * 4,
+        ];
+        const { assert!(SIZES[0] + SIZES[1] + SIZES[2] + SIZES[3] + SIZES[4] + SIZES[5] <= SCRATCH_BYTES) };
+        let (inputs, scratch) = scratch.split_at_mut(SIZES[0]);
+        let (scale, scratch) = scratch.split_at_mut(SIZES[1]);
+        let (weights, scratch) = scratch.split_at_mut(SIZES[2]);
+        let (products, scratch) = scratch.split_at_mut(SIZES[3]);
+        let (wide, scratch) = scratch.split_at_mut(SIZES[4]);
+        Buffers {
+            patches: Patches { inputs: points(inputs), scale: points(scale), wide: points(wide) },
+            weights: points(weights),
+            products: points(products),
+            sums: bytemuck::cast_slice_mut(&mut scratch[..SIZES[5]]),
+        }
+    }
+}
+
+/// `bytes` as what there is of each point.
+fn points<T: bytemuck::Pod>(bytes: &mut [u8]) -> &mut [T; POINTS] {
+    bytemuck::cast_slice_mut(bytes).try_into().expect("as many as there are points")
+}
+
+/// One pair of panels, one chunk and the patches of a block.
+pub(crate) struct Pass<'s> {
+    layout: &'s Layout,
+    lines: &'s [Line],
+    columns: &'s Columns,
+    patches: &'s Patches<'s>,
+    weights: &'s [PairWeights; POINTS],
+    column_scale: &'s [[f32; TILE_COLUMNS]; POINTS],
+    products: &'s mut [[[i32; TILE_COLUMNS]; PLANE]; POINTS],
+    sums: &'s mut [[i32; TILE_COLUMNS]],
+    first: bool,
+    finishes: bool,
+}
+
+/// Runs a call, of rows `rows` of the output, the first of which is row `line` of its image: which rows share a patch is part of the
+/// result.
+pub(super) fn run(workers: &Workers, call: &Call<'_>, input: ImageShape, rows: Range<usize>, line: usize) {
+    let layout = Layout::new(input, rows, line);
+    let blocks = layout.blocks();
+    let pairs = call.weight.shape.panels().div_ceil(PAIR);
+    let group = group_pairs(blocks.len(), pairs, 1);
+    let groups = pairs.div_ceil(group);
+    workers.for_each(blocks.len() * groups, |task, scratch| {
+        let lines = &layout.lines[blocks[task / groups].clone()];
+        let mut buffers = Buffers::cut(scratch);
+        let all = task % groups * group..pairs.min((task % groups + 1) * group);
+        let parts = all.len().div_ceil(TOGETHER);
+        for i in 0..parts {
+            let cut = |i: usize| all.start + all.len() * i / parts;
+            call.run_patches(&mut buffers, &layout, lines, cut(i)..cut(i + 1));
+        }
+        if call.past {
+            fence();
+        }
+    });
+}
+
+impl Call<'_> {
+    fn run_patches(&self, buffers: &mut Buffers<'_>, layout: &Layout, lines: &[Line], pairs: Range<usize>) {
+        let shape = self.weight.shape;
+        let tiles = shape.k_padded() / TILE_K;
+        let rounding = Rounding::beside(self.weight.encoding);
+        for tile in 0..tiles {
+            let piece = |row: usize| {
+                row * shape.k_padded() + tile * TILE_K..row * shape.k_padded() + (tile + 1) * TILE_K
+            };
+            let mut at = 0;
+            for line in lines {
+                for i in 0..line.count {
+                    let pixels = layout.pixels(line, i);
+                    let patch = match self.operand {
+                        Operand::U8 { codes, .. } | Operand::U8Uniform { codes, .. } => {
+                            Patch::Codes(pixels.map(|row| &codes[piece(row)]))
+                        }
+                        Operand::Bf16(rows) => Patch::Rounded(pixels.map(|row| &rows[piece(row)]), rounding),
+                        Operand::F32(_) => unreachable!("f32 rows are not rounded"),
+                    };
+                    // SAFETY: the kernel was picked for this machine, and so are its steps.
+                    unsafe { (self.steps.patch)(&patch, at, &mut buffers.patches) };
+                    at += 1;
+                }
+            }
+            for (kept, pair) in pairs.clone().enumerate() {
+                let columns = Columns::new(self, pair, 0..shape.taps);
+                let mut column_scale = [[0.0; TILE_COLUMNS]; POINTS];
+                for p in 0..columns.panels {
+                    let mut filters = Filters { weights: buffers.weights, panel: p, scale: [[0.0; _]; _] };
+                    let taps = Taps {
+                        panel: self.weight.panel(pair * PAIR + p),
+                        encoding: self.weight.encoding,
+                        tiles: std::array::from_fn(|tap| tap * tiles + tile),
+                    };
+                    // SAFETY: as above.
+                    unsafe { (self.steps.taps)(&taps, &mut filters) };
+                    for (to, scale) in column_scale.iter_mut().zip(filters.scale) {
+                        to[p * TILE_N..][..TILE_N].copy_from_slice(&scale);
+                    }
+                }
+                let mut pass = Pass {
+                    layout,
+                    lines,
+                    columns: &columns,
+                    patches: &buffers.patches,
+                    weights: buffers.weights,
+                    column_scale: &column_scale,
+                    products: buffers.products,
+                    sums: &mut buffers.sums[kept * 4 * PATCHES..][..4 * PATCHES],
+                    first: tile == 0,
+                    finishes: tile + 1 == tiles,
+                };
+                // SAFETY: as above.
+                unsafe { (self.steps.pass)(self, &mut pass) };
+            }
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn pass<S: Simd>(&self, s: S, pass: &mut Pass<'_>) {
+        let columns = pass.columns;
+        let patches: usize = pass.lines.iter().map(|line| line.count).sum();
+        let kernel = self.kernel;
+        // Tiles of nearly equal size.
+        let pieces = patches.div_ceil(kernel.mr);
+        let mut ends = [0; PATCHES];
+        for (i, end) in ends[..pieces].iter_mut().enumerate() {
+            *end = patches * (i + 1) / pieces;
+        }
+        let at_once = kernel.nr / TILE_N;
+        let mut args = TileArgs {
+            a: std::ptr::null(),
+            tap_at: [0].as_ptr(),
+            taps: 1,
+            a_stride: size_of::<[i16; TILE_K]>(),
+            rows: 0,
+            b: std::ptr::null(),
+            b_stride: size_of::<PanelWeights>(),
+            b_tap: 0,
+            panels: 0,
+            k: TILE_K,
+            c: std::ptr::null_mut(),
+            accumulate: false,
+            claim: Claim::NONE,
+            next: Next::NONE,
+        };
+        for p in 0..POINTS {
+            let mut panel = 0;
+            while panel < columns.panels {
+                args.panels = at_once.min(columns.panels - panel);
+                args.b = pass.weights[p][panel..panel + args.panels].as_ptr().cast();
+                let mut first = 0;
+                for &end in &ends[..pieces] {
+                    let rows = &pass.patches.inputs[p][first..end];
+                    let products = &mut pass.products[p][first..end];
+                    args.rows = rows.len();
+                    args.a = rows.as_ptr().cast();
+                    args.c = products.as_mut_ptr().cast::<u8>().wrapping_add(panel * TILE_N * 4);
+                    // SAFETY: the kernel was picked for this machine; a is `rows`, rows of TILE_K numbers, b as many panels of
+                    // as many, each after room that the stride names, c the columns of these in `products`, borrowed here alone.
+                    unsafe { (kernel.tile)(&args) };
+                    first = end;
+                }
+                panel += at_once;
+            }
+        }
+        let products = Products {
+            products: pass.products,
+            patch: pass.patches.scale,
+            column: pass.column_scale,
+            first: pass.first,
+        };
+        let (upper, lower) = pass.sums.split_at_mut(2 * PATCHES);
+        let mut terms = Terms::new(columns);
+        let mut at = 0;
+        for line in pass.lines {
+            for i in at..at + line.count {
+                let sums = [&mut upper[2 * i..2 * i + 2], &mut lower[2 * i..2 * i + 2]];
+                if self.rounds {
+                    add_floats(s, &products, i, sums.map(bytemuck::cast_slice_mut));
+                } else {
+                    add_integers(&products, i, sums);
+                }
+            }
+            if pass.finishes {
+                self.update(columns, line.image, &mut terms);
+                for (side, sums) in [&*upper, &*lower].into_iter().enumerate() {
+                    let Some((row, rows)) = pass.layout.outputs(line, side) else { continue };
+                    let tile = RowTile { row, rows, image: line.image, base: 0, phase: 0 };
+                    let sums = &sums[2 * at..][..rows];
+                    let sums = match self.operand {
+                        Operand::U8Uniform { images, .. } => Sums::Integer {
+                            sums,
+                            offset: &terms.offset,
+                            scale: std::slice::from_ref(&images[line.image].scale),
+                            scale_step: 0,
+                        },
+                        _ => Sums::Float(bytemuck::cast_slice(sums)),
+                    };
+                    let mut finishing = self.finishing(columns, &tile, &terms, sums, Held::No);
+                    finish(s, &mut finishing);
+                }
+            }
+            at += line.count;
+        }
+    }
+}
