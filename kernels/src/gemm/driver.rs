@@ -98,10 +98,12 @@ pub(super) fn run(
     line: usize,
 ) {
     let Gemm { operand, input, filter, weight, epilogue, out } = gemm;
-    let call = Call::new(kernel, operand, weight, epilogue, out, if filter.upsample { 2 } else { 1 });
-    if winograd::suits(kernel, &operand, &filter, weight.shape, epilogue.activation) {
-        let rows = rows.unwrap_or(0..filter.output(&input).0);
-        return winograd::run(workers, &call, input, rows, line);
+    let winograd = winograd::suits(kernel, &operand, &filter, weight.shape, epilogue.activation);
+    // Phases of an upsampled image take turns.
+    let row_step = if filter.upsample && !winograd { 2 } else { 1 };
+    let call = Call::new(kernel, operand, weight, epilogue, out, row_step);
+    if winograd {
+        return winograd::run(workers, &call, input, &filter, rows, line);
     }
     let widens = !matches!(
         (operand, kernel.types),

@@ -7,16 +7,19 @@
 //!
 //! each of the 16 **points** a product of matrices, whose inner sides are the inputs.
 //!
+//! Where the image is read as if each pixel were 2 x 2, lines 1 and 2 of each patch are one line, and so are columns: 7 of the 16
+//! points vanish with their differences, and 9 products are left of 36.
+//!
 //! Of 8-bit codes all of it is whole numbers, 4 times as large, of no more than 16 bits before the products, so the sums are those
 //! of the taps. bf16 rows and float weights are transformed in f32 and become whole numbers as in `gemm/shorts.rs`.
 
+mod form;
 pub(crate) mod transform;
 
 use std::ops::Range;
 
-use self::transform::{
-    Filters, Patch, Patches, Products, Rounding, SIDE, TILE, Taps, add_floats, add_integers,
-};
+use self::form::{Algorithm, Form, MAX_POINTS, Plain, Upsampled};
+use self::transform::{Filters, Patch, Patches, Products, Rounding, TILE, Taps, add_floats, add_integers};
 use super::call::{Call, Terms};
 use super::columns::Columns;
 use super::driver::{PAIR, group_pairs};
@@ -32,8 +35,6 @@ use crate::par::SCRATCH_BYTES;
 use crate::simd::Simd;
 use crate::view::{ImageShape, Operand};
 
-/// Products of a patch and an output.
-pub(crate) const POINTS: usize = SIDE * SIDE;
 /// Lines between points, so that those of the same place don't fall into the same set of L1.
 const PLANE: usize = PATCHES + 1;
 /// The weights of a panel at a point, and room so that those of all points don't fall into the same set of L1.
@@ -62,7 +63,7 @@ pub(super) fn suits(
     activation: Activation,
 ) -> bool {
     kernel.types == Types::S16S16
-        && *filter == (Filter { kh: 3, kw: 3, stride: 1, upsample: false })
+        && matches!(filter, Filter { kh: 3, kw: 3, stride: 1, .. })
         && matches!(operand, Operand::U8Uniform { .. } | Operand::Bf16(_))
         && activation != Activation::Geglu
         && shape.k >= LEAST_INPUTS
@@ -84,6 +85,7 @@ struct Line {
 /// The patches of a call.
 struct Layout {
     input: ImageShape,
+    form: Form,
     /// Output rows that are wanted.
     rows: Range<usize>,
     w: usize,
@@ -91,8 +93,7 @@ struct Layout {
 }
 
 impl Layout {
-    fn new(input: ImageShape, rows: Range<usize>, line: usize) -> Layout {
-        let w = input.full_w() - 2;
+    fn new(input: ImageShape, form: Form, w: usize, rows: Range<usize>, line: usize) -> Layout {
         let mut lines = vec![];
         let pieces = w.div_ceil(2).div_ceil(PATCHES);
         for image in 0..input.batch {
@@ -104,7 +105,7 @@ impl Layout {
                 }
             }
         }
-        Layout { input, rows, w, lines }
+        Layout { input, form, rows, w, lines }
     }
 
     fn blocks(&self) -> Vec<Range<usize>> {
@@ -124,12 +125,17 @@ impl Layout {
     }
 
     /// The operand rows of patch `i` of `line`. Where outputs aren't wanted a patch may reach beyond the image: any pixel will do.
-    fn pixels(&self, line: &Line, i: usize) -> [usize; POINTS] {
+    fn pixels(&self, line: &Line, i: usize) -> [usize; MAX_POINTS] {
         let (full_h, full_w) = (self.input.full_h(), self.input.full_w());
+        let (side, x) = (self.form.side(), (line.x + 2 * i) as isize);
+        let (top, left) = match self.form {
+            Form::Plain => (line.y, x),
+            Form::Upsampled => (line.y / 2, x / 2),
+        };
+        let inside = |at: isize, end: usize| at.clamp(0, end as isize - 1) as usize;
         std::array::from_fn(|p| {
-            let y = (line.y + (p / SIDE) as isize).clamp(0, full_h as isize - 1) as usize;
-            let x = (line.x + 2 * i + p % SIDE).min(full_w - 1);
-            (line.image * full_h + y) * full_w + x
+            let y = inside(top + (p / side) as isize, full_h);
+            (line.image * full_h + y) * full_w + inside(left + (p % side) as isize, full_w)
         })
     }
 
@@ -144,20 +150,20 @@ impl Layout {
 /// A worker's scratch memory, cut up.
 struct Buffers<'s> {
     patches: Patches<'s>,
-    weights: &'s mut [PairWeights; POINTS],
-    products: &'s mut [[[i32; TILE_COLUMNS]; PLANE]; POINTS],
+    weights: &'s mut [PairWeights; MAX_POINTS],
+    products: &'s mut [[[i32; TILE_COLUMNS]; PLANE]; MAX_POINTS],
     /// `[TOGETHER][2][2 * PATCHES]`.
     sums: &'s mut [[i32; TILE_COLUMNS]],
 }
 
 impl Buffers<'_> {
-    fn cut(scratch: &mut [u8]) -> Buffers<'_> {
+    fn cut(scratch: &mut [u8], form: Form) -> Buffers<'_> {
         const SIZES: [usize; 6] = [
-            POINTS * PLANE * TILE_K * 2,
-            POINTS * PLANE * 4,
-            size_of::<[PairWeights; POINTS]>(),
-            POINTS * PLANE * TILE_COLUMNS * 4,
-            POINTS * TILE_K * 4,
+            MAX_POINTS * PLANE * TILE_K * 2,
+            MAX_POINTS * PLANE * 4,
+            size_of::<[PairWeights; MAX_POINTS]>(),
+            MAX_POINTS * PLANE * TILE_COLUMNS * 4,
+            MAX_POINTS * TILE_K * 4,
             TOGETHER * 4 * PATCHES * TILE_COLUMNS * 4,
         ];
         const { assert!(SIZES[0] + SIZES[1] + SIZES[2] + SIZES[3] + SIZES[4] + SIZES[5] <= SCRATCH_BYTES) };
@@ -167,7 +173,7 @@ impl Buffers<'_> {
         let (products, scratch) = scratch.split_at_mut(SIZES[3]);
         let (wide, scratch) = scratch.split_at_mut(SIZES[4]);
         Buffers {
-            patches: Patches { inputs: points(inputs), scale: points(scale), wide: points(wide) },
+            patches: Patches { inputs: points(inputs), scale: points(scale), form, wide: points(wide) },
             weights: points(weights),
             products: points(products),
             sums: bytemuck::cast_slice_mut(&mut scratch[..SIZES[5]]),
@@ -176,7 +182,7 @@ impl Buffers<'_> {
 }
 
 /// `bytes` as what there is of each point.
-fn points<T: bytemuck::Pod>(bytes: &mut [u8]) -> &mut [T; POINTS] {
+fn points<T: bytemuck::Pod>(bytes: &mut [u8]) -> &mut [T; MAX_POINTS] {
     bytemuck::cast_slice_mut(bytes).try_into().expect("as many as there are points")
 }
 
@@ -186,9 +192,9 @@ pub(crate) struct Pass<'s> {
     lines: &'s [Line],
     columns: &'s Columns,
     patches: &'s Patches<'s>,
-    weights: &'s [PairWeights; POINTS],
-    column_scale: &'s [[f32; TILE_COLUMNS]; POINTS],
-    products: &'s mut [[[i32; TILE_COLUMNS]; PLANE]; POINTS],
+    weights: &'s [PairWeights; MAX_POINTS],
+    column_scale: &'s [[f32; TILE_COLUMNS]; MAX_POINTS],
+    products: &'s mut [[[i32; TILE_COLUMNS]; PLANE]; MAX_POINTS],
     sums: &'s mut [[i32; TILE_COLUMNS]],
     first: bool,
     finishes: bool,
@@ -196,15 +202,24 @@ pub(crate) struct Pass<'s> {
 
 /// Runs a call, of rows `rows` of the output, the first of which is row `line` of its image: which rows share a patch is part of the
 /// result.
-pub(super) fn run(workers: &Workers, call: &Call<'_>, input: ImageShape, rows: Range<usize>, line: usize) {
-    let layout = Layout::new(input, rows, line);
+pub(super) fn run(
+    workers: &Workers,
+    call: &Call<'_>,
+    input: ImageShape,
+    filter: &Filter,
+    rows: Option<Range<usize>>,
+    line: usize,
+) {
+    let (h, w) = filter.output(&input);
+    let form = if filter.upsample { Form::Upsampled } else { Form::Plain };
+    let layout = Layout::new(input, form, w, rows.unwrap_or(0..h), line);
     let blocks = layout.blocks();
     let pairs = call.weight.shape.panels().div_ceil(PAIR);
     let group = group_pairs(blocks.len(), pairs, 1);
     let groups = pairs.div_ceil(group);
     workers.for_each(blocks.len() * groups, |task, scratch| {
         let lines = &layout.lines[blocks[task / groups].clone()];
-        let mut buffers = Buffers::cut(scratch);
+        let mut buffers = Buffers::cut(scratch, form);
         let all = task % groups * group..pairs.min((task % groups + 1) * group);
         let parts = all.len().div_ceil(TOGETHER);
         for i in 0..parts {
@@ -244,9 +259,10 @@ impl Call<'_> {
             }
             for (kept, pair) in pairs.clone().enumerate() {
                 let columns = Columns::new(self, pair, 0..shape.taps);
-                let mut column_scale = [[0.0; TILE_COLUMNS]; POINTS];
+                let mut column_scale = [[0.0; TILE_COLUMNS]; MAX_POINTS];
                 for p in 0..columns.panels {
-                    let mut filters = Filters { weights: buffers.weights, panel: p, scale: [[0.0; _]; _] };
+                    let (weights, form) = (&mut *buffers.weights, layout.form);
+                    let mut filters = Filters { weights, panel: p, scale: [[0.0; _]; _], form };
                     let taps = Taps {
                         panel: self.weight.panel(pair * PAIR + p),
                         encoding: self.weight.encoding,
@@ -304,7 +320,7 @@ impl Call<'_> {
             claim: Claim::NONE,
             next: Next::NONE,
         };
-        for p in 0..POINTS {
+        for p in 0..pass.layout.form.points() {
             let mut panel = 0;
             while panel < columns.panels {
                 args.panels = at_once.min(columns.panels - panel);
@@ -324,6 +340,16 @@ impl Call<'_> {
                 panel += at_once;
             }
         }
+        match pass.layout.form {
+            Form::Plain => self.add_patches::<Plain, S>(s, pass),
+            Form::Upsampled => self.add_patches::<Upsampled, S>(s, pass),
+        }
+    }
+
+    /// Adds up what comes from the products, and finishes the sums where these were the last.
+    #[inline(always)]
+    fn add_patches<A: Algorithm, S: Simd>(&self, s: S, pass: &mut Pass<'_>) {
+        let columns = pass.columns;
         let products = Products {
             products: pass.products,
             patch: pass.patches.scale,
@@ -337,9 +363,9 @@ impl Call<'_> {
             for i in at..at + line.count {
                 let sums = [&mut upper[2 * i..2 * i + 2], &mut lower[2 * i..2 * i + 2]];
                 if self.rounds {
-                    add_floats(s, &products, i, sums.map(bytemuck::cast_slice_mut));
+                    add_floats::<A, S>(s, &products, i, sums.map(bytemuck::cast_slice_mut));
                 } else {
-                    add_integers(&products, i, sums);
+                    add_integers::<A>(&products, i, sums);
                 }
             }
             if pass.finishes {
