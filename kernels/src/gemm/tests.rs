@@ -386,38 +386,47 @@ fn rows_of_pixels_are_independent() {
 /// Rows that a result is added to in place, and a window of an output, are what the whole call with a residual gives.
 #[test]
 fn in_place_and_in_part_as_a_whole() {
+    for &isa in Isa::available() {
+        for rank in [Rank::U8, Rank::U8Uniform, Rank::Bf16] {
+            for (upsample, activation) in
+                [(false, Activation::None), (true, Activation::None), (false, Activation::Relu)]
+            {
+                let filter = Filter { kh: 3, kw: 3, stride: 1, upsample };
+                in_place_and_in_part(isa, rank, filter, activation);
+            }
+        }
+    }
+}
+
+fn in_place_and_in_part(isa: Isa, rank: Rank, filter: Filter, activation: Activation) {
     let mut random = Random::new(11);
     let border = Border { top: 1, left: 1, bottom: 1, right: 1 };
     let input = ImageShape { batch: 2, h: 6, w: 9, border };
-    for (upsample, activation) in
-        [(false, Activation::None), (true, Activation::None), (false, Activation::Relu)]
-    {
-        let filter = Filter { kh: 3, kw: 3, stride: 1, upsample };
-        let shape = WeightShape { n: 20, taps: 9, k: 70 };
-        let left = Left::new(&mut random, Rank::U8, &input, shape.k, shape.k_padded());
-        let bytes = weight_bytes(&mut random, Encoding::Q8, shape);
-        let weight = Weight::new(Encoding::Q8, shape, &bytes);
-        let (h, w) = filter.output(&input);
-        let residual = random.floats(2 * h * w * shape.n);
-        let run = |epilogue, out: &mut [f32], rows: Option<std::ops::Range<usize>>| {
-            let out = RowsMut::F32(out);
-            let call = Gemm { operand: left.view(), input, filter, weight, epilogue, out };
-            let workers = Workers::new(2);
-            match rows {
-                Some(rows) => {
-                    let line = rows.start;
-                    gemm_rows(&workers, Isa::detect(), call, rows, line);
-                }
-                None => gemm(&workers, Isa::detect(), call),
+    let shape = WeightShape { n: 20, taps: 9, k: 70 };
+    let left = Left::new(&mut random, rank, &input, shape.k, shape.k_padded());
+    let bytes = weight_bytes(&mut random, Encoding::Q8, shape);
+    let weight = Weight::new(Encoding::Q8, shape, &bytes);
+    let (h, w) = filter.output(&input);
+    let residual = random.floats(2 * h * w * shape.n);
+    let run = |epilogue, out: &mut [f32], rows: Option<std::ops::Range<usize>>| {
+        let out = RowsMut::F32(out);
+        let call = Gemm { operand: left.view(), input, filter, weight, epilogue, out };
+        let workers = Workers::new(2);
+        match rows {
+            Some(rows) => {
+                let line = rows.start;
+                gemm_rows(&workers, isa, call, rows, line);
             }
-        };
-        let mut whole = vec![f32::NAN; residual.len()];
-        let plain = Epilogue { activation, ..Epilogue::default() };
-        run(Epilogue { residual: Some(Rows::F32(&residual)), ..plain }, &mut whole, None);
-        let mut in_place = residual.clone();
-        run(Epilogue { accumulate: true, ..plain }, &mut in_place, None);
-        assert_eq!(whole, in_place);
-        let window = 2..h - 1;
+            None => gemm(&workers, isa, call),
+        }
+    };
+    let mut whole = vec![f32::NAN; residual.len()];
+    let plain = Epilogue { activation, ..Epilogue::default() };
+    run(Epilogue { residual: Some(Rows::F32(&residual)), ..plain }, &mut whole, None);
+    let mut in_place = residual.clone();
+    run(Epilogue { accumulate: true, ..plain }, &mut in_place, None);
+    assert_eq!(whole, in_place, "{isa:?} {rank:?} {filter:?}");
+    for window in [2..h - 1, 1..2, 3..h] {
         let part = |x: &[f32]| -> Vec<f32> {
             let line = w * shape.n;
             x.chunks_exact(h * line)
@@ -427,6 +436,6 @@ fn in_place_and_in_part_as_a_whole() {
         };
         let mut in_part = part(&residual);
         run(Epilogue { accumulate: true, ..plain }, &mut in_part, Some(window.clone()));
-        assert_eq!(part(&whole), in_part);
+        assert_eq!(part(&whole), in_part, "{isa:?} {rank:?} {filter:?} {window:?}");
     }
 }

@@ -35,24 +35,24 @@ use crate::par::SCRATCH_BYTES;
 use crate::simd::Simd;
 use crate::view::{ImageShape, Operand};
 
-/// Lines between points, so that those of the same place don't fall into the same set of L1.
-const PLANE: usize = PATCHES + 1;
-/// The weights of a panel at a point, and room so that those of all points don't fall into the same set of L1.
-#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-pub(crate) struct PanelWeights(pub(crate) [i16; TILE], [i16; 32]);
-
-/// Of a pair.
-pub(crate) type PairWeights = [PanelWeights; PAIR];
-
 /// Most patches of a block.
 const PATCHES: usize = 64;
+/// Lines from point to point of what there is of each patch: one more, or the lines of a patch would fall into one set of L1.
+const PLANE: usize = PATCHES + 1;
 /// Most panel pairs whose sums a task keeps while chunks of inputs go by.
 const TOGETHER: usize = 5;
 /// Fewest inputs that are worth it.
 const LEAST_INPUTS: usize = TILE_K / 2 + 1;
 /// Fewest outputs.
 const LEAST_OUTPUTS: usize = TILE_N + 1;
+
+/// The weights of a panel at a point, and a line more, for the same reason.
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub(crate) struct PanelWeights([i16; TILE], [i16; 32]);
+
+/// Of a pair.
+type PairWeights = [PanelWeights; PAIR];
 
 /// Whether `kernel` takes a call so. Neither batch nor height matter, which differ between bands of one picture.
 pub(super) fn suits(
@@ -74,7 +74,8 @@ pub(super) fn suits(
 #[derive(Clone, Copy, Debug)]
 struct Line {
     image: usize,
-    /// Output row of the upper outputs, counted in those that the operand yields; -1 where only the lower ones are wanted.
+    /// Output row of the upper outputs, counted in those that the operand yields; it may be -1 where only the lower ones are
+    /// wanted.
     y: isize,
     /// First output column.
     x: usize,
@@ -186,17 +187,22 @@ fn points<T: bytemuck::Pod>(bytes: &mut [u8]) -> &mut [T; MAX_POINTS] {
     bytemuck::cast_slice_mut(bytes).try_into().expect("as many as there are points")
 }
 
-/// One pair of panels, one chunk and the patches of a block.
+/// One pair of panels, a tile of inputs and the patches of a block.
 pub(crate) struct Pass<'s> {
     layout: &'s Layout,
     lines: &'s [Line],
     columns: &'s Columns,
     patches: &'s Patches<'s>,
     weights: &'s [PairWeights; MAX_POINTS],
+    /// What the sums of each column are to be multiplied with at each point, beside the scale of its panel.
     column_scale: &'s [[f32; TILE_COLUMNS]; MAX_POINTS],
+    /// At each point, of each patch.
     products: &'s mut [[[i32; TILE_COLUMNS]; PLANE]; MAX_POINTS],
+    /// `[2][2 * PATCHES]`: upper outputs, then lower ones; i32 or f32.
     sums: &'s mut [[i32; TILE_COLUMNS]],
+    /// No tile came before.
     first: bool,
+    /// None comes after.
     finishes: bool,
 }
 
@@ -212,7 +218,10 @@ pub(super) fn run(
 ) {
     let (h, w) = filter.output(&input);
     let form = if filter.upsample { Form::Upsampled } else { Form::Plain };
-    let layout = Layout::new(input, form, w, rows.unwrap_or(0..h), line);
+    let rows = rows.unwrap_or(0..h);
+    // Of an upsampled image the operand tells which rows are of one pixel.
+    let line = if filter.upsample { rows.start } else { line };
+    let layout = Layout::new(input, form, w, rows, line);
     let blocks = layout.blocks();
     let pairs = call.weight.shape.panels().div_ceil(PAIR);
     let group = group_pairs(blocks.len(), pairs, 1);
@@ -233,6 +242,7 @@ pub(super) fn run(
 }
 
 impl Call<'_> {
+    /// The patches of `lines`, columns of panel pairs `pairs`, at most [`TOGETHER`].
     fn run_patches(&self, buffers: &mut Buffers<'_>, layout: &Layout, lines: &[Line], pairs: Range<usize>) {
         let shape = self.weight.shape;
         let tiles = shape.k_padded() / TILE_K;
@@ -292,6 +302,7 @@ impl Call<'_> {
         }
     }
 
+    /// The products of all points, and what comes from them. [`steps!`](super::steps::steps) compiles it for a tier.
     #[inline(always)]
     pub(crate) fn pass<S: Simd>(&self, s: S, pass: &mut Pass<'_>) {
         let columns = pass.columns;

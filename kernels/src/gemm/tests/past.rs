@@ -63,3 +63,46 @@ fn large_outputs_are_what_small_ones_are() {
         }
     }
 }
+
+/// So is a large output of a filter.
+#[test]
+fn large_images_are_what_their_lines_are() {
+    let border = Border { top: 1, left: 1, bottom: 1, right: 1 };
+    let input = ImageShape { batch: 1, h: 130, w: 130, border };
+    let filter = Filter { kh: 3, kw: 3, stride: 1, upsample: false };
+    let shape = WeightShape { n: 64, taps: 9, k: 40 };
+    let mut random = Random::new(5);
+    let bytes = weight_bytes(&mut random, Encoding::Q8, shape);
+    for rank in [Rank::U8Uniform, Rank::Bf16] {
+        let left = Left::new(&mut random, rank, &input, shape.k, shape.k_padded());
+        let vector = |kernel: &&GemmKernel| kernel.isa != Isa::Scalar;
+        for kernel in kernels_here().filter(vector).filter(|kernel| kernel.suits(&left.view(), Encoding::Q8))
+        {
+            let run = |rows: std::ops::Range<usize>, out: &mut [bf16]| {
+                let call = Gemm {
+                    operand: left.view(),
+                    input,
+                    filter,
+                    weight: Weight::new(Encoding::Q8, shape, &bytes),
+                    epilogue: Epilogue::default(),
+                    out: RowsMut::Bf16(out),
+                };
+                let line = rows.start;
+                super::super::driver::run(&Workers::new(2), kernel, call, Some(rows), line);
+            };
+            let columns = input.w * shape.n;
+            let mut whole = vec![bf16::NAN; input.h * columns + 64];
+            let line = whole.as_ptr().align_offset(64);
+            let whole = &mut whole[line..][..input.h * columns];
+            run(0..input.h, whole);
+            assert!(whole.iter().all(|x| x.is_finite()), "{}", kernel.name);
+            for rows in [0..9, 63..65, 129..130] {
+                let mut out = vec![bf16::NAN; rows.len() * columns];
+                run(rows.clone(), &mut out);
+                let bits = |x: &[bf16]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                let same = bits(&whole[rows.start * columns..rows.end * columns]) == bits(&out);
+                assert!(same, "{} {rank:?} {rows:?}", kernel.name);
+            }
+        }
+    }
+}
