@@ -145,22 +145,16 @@ pub fn gemm_rows(workers: &Workers, isa: Isa, call: Gemm<'_>, rows: Range<usize>
 /// The kernel for `call`: that of [`pick`], or of the same tier the one of 16-bit numbers where that has fewer products to make.
 fn best(isa: Isa, call: &Gemm<'_>) -> &'static GemmKernel {
     let picked = pick(isa, &call.operand, call.weight.encoding);
+    // A product of bytes takes half as long as one of 16-bit numbers, of which a filter has 16 instead of 36, or 9.
+    if !(picked.types == Types::U8S4 || picked.types == Types::U8S8 && call.filter.upsample) {
+        return picked;
+    }
+    let Gemm { operand, filter, weight, epilogue, .. } = call;
     let fewer = |kernel: &&&'static GemmKernel| {
         kernel.isa == picked.isa
-            && winograd::suits(
-                kernel,
-                &call.operand,
-                &call.filter,
-                call.weight.shape,
-                call.epilogue.activation,
-            )
+            && winograd::suits(kernel, operand, filter, weight.shape, epilogue.activation)
     };
-    // A product of bytes takes half as long as one of 16-bit numbers, of which a filter has 16 instead of 36, or 9.
-    match picked.types {
-        Types::U8S4 => kernels().iter().find(fewer).unwrap_or(&picked),
-        Types::U8S8 if call.filter.upsample => kernels().iter().find(fewer).unwrap_or(&picked),
-        _ => picked,
-    }
+    kernels().iter().find(fewer).unwrap_or(&picked)
 }
 
 /// Runs `call` with `kernel`, which must suit its operand and weight.

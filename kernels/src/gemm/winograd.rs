@@ -148,43 +148,24 @@ impl Layout {
     }
 }
 
-/// A worker's scratch memory, cut up.
-struct Buffers<'s> {
-    patches: Patches<'s>,
-    weights: &'s mut [PairWeights; MAX_POINTS],
-    products: &'s mut [[[i32; TILE_COLUMNS]; PLANE]; MAX_POINTS],
-    /// `[TOGETHER][2][2 * PATCHES]`.
-    sums: &'s mut [[i32; TILE_COLUMNS]],
+/// A worker's scratch memory.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+struct Buffers {
+    inputs: [[[i16; TILE_K]; PLANE]; MAX_POINTS],
+    input_scale: [[f32; PLANE]; MAX_POINTS],
+    wide: [[f32; TILE_K]; MAX_POINTS],
+    weights: [PairWeights; MAX_POINTS],
+    products: [[[i32; TILE_COLUMNS]; PLANE]; MAX_POINTS],
+    /// Of each panel pair upper outputs, then lower ones; i32 or f32.
+    sums: [[[i32; TILE_COLUMNS]; 4 * PATCHES]; TOGETHER],
 }
 
-impl Buffers<'_> {
-    fn cut(scratch: &mut [u8], form: Form) -> Buffers<'_> {
-        const SIZES: [usize; 6] = [
-            MAX_POINTS * PLANE * TILE_K * 2,
-            MAX_POINTS * PLANE * 4,
-            size_of::<[PairWeights; MAX_POINTS]>(),
-            MAX_POINTS * PLANE * TILE_COLUMNS * 4,
-            MAX_POINTS * TILE_K * 4,
-            TOGETHER * 4 * PATCHES * TILE_COLUMNS * 4,
-        ];
-        const { assert!(SIZES[0] + SIZES[1] + SIZES[2] + SIZES[3] + SIZES[4] + SIZES[5] <= SCRATCH_BYTES) };
-        let (inputs, scratch) = scratch.split_at_mut(SIZES[0]);
-        let (scale, scratch) = scratch.split_at_mut(SIZES[1]);
-        let (weights, scratch) = scratch.split_at_mut(SIZES[2]);
-        let (products, scratch) = scratch.split_at_mut(SIZES[3]);
-        let (wide, scratch) = scratch.split_at_mut(SIZES[4]);
-        Buffers {
-            patches: Patches { inputs: points(inputs), scale: points(scale), form, wide: points(wide) },
-            weights: points(weights),
-            products: points(products),
-            sums: bytemuck::cast_slice_mut(&mut scratch[..SIZES[5]]),
-        }
+impl Buffers {
+    fn of(scratch: &mut [u8]) -> &mut Buffers {
+        const { assert!(size_of::<Buffers>() <= SCRATCH_BYTES) };
+        bytemuck::from_bytes_mut(&mut scratch[..size_of::<Buffers>()])
     }
-}
-
-/// `bytes` as what there is of each point.
-fn points<T: bytemuck::Pod>(bytes: &mut [u8]) -> &mut [T; MAX_POINTS] {
-    bytemuck::cast_slice_mut(bytes).try_into().expect("as many as there are points")
 }
 
 /// One pair of panels, a tile of inputs and the patches of a block.
@@ -198,8 +179,8 @@ pub(crate) struct Pass<'s> {
     column_scale: &'s [[f32; TILE_COLUMNS]; MAX_POINTS],
     /// At each point, of each patch.
     products: &'s mut [[[i32; TILE_COLUMNS]; PLANE]; MAX_POINTS],
-    /// `[2][2 * PATCHES]`: upper outputs, then lower ones; i32 or f32.
-    sums: &'s mut [[i32; TILE_COLUMNS]],
+    /// Upper outputs, then lower ones; i32 or f32.
+    sums: &'s mut [[i32; TILE_COLUMNS]; 4 * PATCHES],
     /// No tile came before.
     first: bool,
     /// None comes after.
@@ -228,12 +209,12 @@ pub(super) fn run(
     let groups = pairs.div_ceil(group);
     workers.for_each(blocks.len() * groups, |task, scratch| {
         let lines = &layout.lines[blocks[task / groups].clone()];
-        let mut buffers = Buffers::cut(scratch, form);
+        let buffers = Buffers::of(scratch);
         let all = task % groups * group..pairs.min((task % groups + 1) * group);
         let parts = all.len().div_ceil(TOGETHER);
         for i in 0..parts {
             let cut = |i: usize| all.start + all.len() * i / parts;
-            call.run_patches(&mut buffers, &layout, lines, cut(i)..cut(i + 1));
+            call.run_patches(buffers, &layout, lines, cut(i)..cut(i + 1));
         }
         if call.past {
             fence();
@@ -243,10 +224,13 @@ pub(super) fn run(
 
 impl Call<'_> {
     /// The patches of `lines`, columns of panel pairs `pairs`, at most [`TOGETHER`].
-    fn run_patches(&self, buffers: &mut Buffers<'_>, layout: &Layout, lines: &[Line], pairs: Range<usize>) {
+    fn run_patches(&self, buffers: &mut Buffers, layout: &Layout, lines: &[Line], pairs: Range<usize>) {
         let shape = self.weight.shape;
         let tiles = shape.k_padded() / TILE_K;
         let rounding = Rounding::beside(self.weight.encoding);
+        let Buffers { inputs, input_scale: scale, wide, weights, products, sums } = buffers;
+        let form = layout.form;
+        let mut patches = Patches { inputs, scale, form, wide };
         for tile in 0..tiles {
             let piece = |row: usize| {
                 row * shape.k_padded() + tile * TILE_K..row * shape.k_padded() + (tile + 1) * TILE_K
@@ -256,23 +240,23 @@ impl Call<'_> {
                 for i in 0..line.count {
                     let pixels = layout.pixels(line, i);
                     let patch = match self.operand {
-                        Operand::U8 { codes, .. } | Operand::U8Uniform { codes, .. } => {
+                        Operand::U8Uniform { codes, .. } => {
                             Patch::Codes(pixels.map(|row| &codes[piece(row)]))
                         }
                         Operand::Bf16(rows) => Patch::Rounded(pixels.map(|row| &rows[piece(row)]), rounding),
-                        Operand::F32(_) => unreachable!("f32 rows are not rounded"),
+                        Operand::U8 { .. } | Operand::F32(_) => unreachable!("such rows don't suit"),
                     };
                     // SAFETY: the kernel was picked for this machine, and so are its steps.
-                    unsafe { (self.steps.patch)(&patch, at, &mut buffers.patches) };
+                    unsafe { (self.steps.patch)(&patch, at, &mut patches) };
                     at += 1;
                 }
             }
-            for (kept, pair) in pairs.clone().enumerate() {
+            for (sums, pair) in sums.iter_mut().zip(pairs.clone()) {
                 let columns = Columns::new(self, pair, 0..shape.taps);
                 let mut column_scale = [[0.0; TILE_COLUMNS]; MAX_POINTS];
                 for p in 0..columns.panels {
-                    let (weights, form) = (&mut *buffers.weights, layout.form);
-                    let mut filters = Filters { weights, panel: p, scale: [[0.0; _]; _], form };
+                    let mut filters =
+                        Filters { weights: &mut *weights, panel: p, scale: [[0.0; _]; _], form };
                     let taps = Taps {
                         panel: self.weight.panel(pair * PAIR + p),
                         encoding: self.weight.encoding,
@@ -288,11 +272,11 @@ impl Call<'_> {
                     layout,
                     lines,
                     columns: &columns,
-                    patches: &buffers.patches,
-                    weights: buffers.weights,
+                    patches: &patches,
+                    weights,
                     column_scale: &column_scale,
-                    products: buffers.products,
-                    sums: &mut buffers.sums[kept * 4 * PATCHES..][..4 * PATCHES],
+                    products,
+                    sums,
                     first: tile == 0,
                     finishes: tile + 1 == tiles,
                 };
