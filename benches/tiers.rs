@@ -1,7 +1,7 @@
 //! A table of every kernel of this machine on the large layers of SD 1.5 and SDXL: billions of operations per second on one
 //! thread, their share of what the same multiplications reach on registers in the same run, 4-bit weights' speed as a share of
 //! 8-bit weights', two threads' as a multiple of one's; of 16-bit numbers once of codes and once of rounded floats. Then passes
-//! beside a copy.
+//! beside a copy of their input and beside one in memory.
 //!
 //! `cargo bench -p sdfast-benches --bench tiers [-- --quick] [-- KERNEL]`; `--quick` measures a few layers, shortly; a `KERNEL`
 //! called `pass` leaves out all kernels, any other one the passes.
@@ -33,6 +33,8 @@ const LINEAR: [(usize, usize, usize); 8] = [
 ];
 /// Side, outputs and inputs.
 const CONV: [(usize, usize); 3] = [(64, 320), (32, 640), (16, 1280)];
+/// Bytes of a copy in memory.
+const MEMORY: usize = 256 << 20;
 /// Images, side, channels.
 const PASSES: [(usize, usize, usize); 4] = [(2, 64, 320), (2, 32, 640), (2, 16, 1280), (1, 64, 1280)];
 
@@ -74,16 +76,29 @@ fn main() {
     if only.is_some_and(|only| only != "pass") {
         return;
     }
-    say("\n| pass, one thread | input | GB/s read and written | of a copy of the input |\n|---|---|--:|--:|");
+    say(
+        "\n| pass, one thread | input | GB/s read and written | of a copy of the input | of a copy in memory |",
+    );
+    say("|---|---|--:|--:|--:|");
+    let memory = copy_in_memory(time);
+    say(&format!("| copy | {} MiB, in memory | {memory:.1} | | 1.00 |", MEMORY >> 20));
     for size in if quick { &PASSES[..1] } else { &PASSES[..] } {
         let x = noise(size.0 * size.1 * size.1 * size.2);
         let half: Vec<bf16> = x.iter().map(|&x| bf16::from_f32(x)).collect();
-        passes(&one, *size, "bf16", &Lines::of(bytemuck::cast_slice(&half)), time);
-        passes(&one, *size, "f32", &Lines::of(bytemuck::cast_slice(&x)), time);
+        passes(&one, *size, "bf16", &Lines::of(bytemuck::cast_slice(&half)), memory, time);
+        passes(&one, *size, "f32", &Lines::of(bytemuck::cast_slice(&x)), memory, time);
     }
 }
 
-/// Rates of what writes the operands of an image of `size`, whose elements are `x`.
+/// GB/s of a copy that no cache has room for, read and written.
+fn copy_in_memory(time: Duration) -> f64 {
+    let (from, mut to) = (vec![1u8; MEMORY], vec![0u8; MEMORY]);
+    let rate = rate(2 * MEMORY, time, || to.copy_from_slice(black_box(&from)));
+    black_box(&to);
+    rate
+}
+
+/// Rates of what writes the operands of an image of `size`, whose elements are `x`; `memory` is that of a copy in memory.
 ///
 /// All buffers begin at a line of the cache, as those of an arena do, and are in the level of the cache that has room for them:
 /// input and output of a pass for the pass, the input and its copy for the copy.
@@ -92,6 +107,7 @@ fn passes(
     (batch, side, channels): (usize, usize, usize),
     ty: &str,
     x: &Lines,
+    memory: f64,
     time: Duration,
 ) {
     let isa = Isa::detect();
@@ -128,8 +144,9 @@ fn passes(
         })
     };
     black_box(&copy);
-    let line =
-        |name: &str, rate: f64| say(&format!("| {name} | {size} | {rate:.1} | {:.2} |", rate / copied));
+    let line = |name: &str, rate: f64| {
+        say(&format!("| {name} | {size} | {rate:.1} | {:.2} | {:.2} |", rate / copied, rate / memory));
+    };
     line("copy", copied);
     line(
         "group norm, statistics",

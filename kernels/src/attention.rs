@@ -4,16 +4,19 @@
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod amx_bytes;
-mod bytes;
+mod codes;
 #[cfg(target_arch = "x86_64")]
 mod fused;
 mod head;
+mod integers;
 #[cfg(target_arch = "x86_64")]
 mod powers;
 mod softmax;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 mod vector;
+
+use std::marker::PhantomData;
 
 use bytemuck::{cast_slice, cast_slice_mut};
 
@@ -23,6 +26,7 @@ use crate::simd::dot::{dispatch_dot, has_dot};
 use crate::simd::{self, Element, Simd, dispatch};
 use crate::view::{Rows, RowsMut};
 use crate::{Isa, Workers, bf16};
+use codes::{Bytes, Pairs};
 use head::{KvHead, QueryHead, Write};
 
 /// How exactly attention is computed.
@@ -34,12 +38,12 @@ pub enum Products {
     Bf16,
     /// Dot products of bytes on AVX-512-VNNI and AVX-VNNI, AVX2 with 7 bits of some, and AMX for the scores of heads of 33 to
     /// 96, for many keys and without a mask: within 3 % (5 %, 1.5 %) of the greatest output for scores with a deviation of
-    /// 1. Otherwise as `Bf16`.
+    /// 1. For fewer keys 16-bit numbers of 11 bits and more, but on AMX. Otherwise as `Bf16`.
     Int8,
 }
 
 impl Products {
-    /// What calls with a mask get: dot products of bytes know none.
+    /// What calls with a mask get: integer products know none.
     fn of_masked(self) -> Products {
         match self {
             Products::Int8 => Products::Bf16,
@@ -110,8 +114,8 @@ const PACKED_BYTES: usize = 4 << 20;
 /// for all but the first. Beyond, a head's blocks follow one another.
 const TURNS_BYTES: usize = 1 << 20;
 
-/// Keys from which on products of bytes are used. With fewer a key that is unlike all others is too many of a block, and
-/// encoding queries is a good part of the work.
+/// Keys from which on products of bytes are used. With fewer a key that is unlike all others is too many of a block, as the
+/// first of a prompt often is.
 const BYTES_KEYS: usize = 256;
 
 /// Which code runs a call.
@@ -121,6 +125,8 @@ enum Kind {
     Vector,
     /// Dot products of bytes on vectors.
     Bytes,
+    /// Products of 16-bit numbers on vectors.
+    Pairs,
     /// bf16 products on AMX tiles.
     #[cfg(target_arch = "x86_64")]
     Amx,
@@ -154,8 +160,9 @@ impl Plan {
             (Isa::Amx, Products::Bf16 | Products::Int8) if amx::available() => {
                 (Kind::Amx, amx::queries(shape.d))
             }
-            (_, Products::Int8) if has_dot(isa) && shape.d <= bytes::MAX_D && shape.nk >= BYTES_KEYS => {
-                (Kind::Bytes, bytes::queries(simd::lanes(isa)))
+            (_, Products::Int8) if has_dot(isa) && shape.d <= integers::MAX_D => {
+                let kind = if shape.nk >= BYTES_KEYS { Kind::Bytes } else { Kind::Pairs };
+                (kind, integers::queries(simd::lanes(isa)))
             }
             _ => (Kind::Vector, vector::queries(simd::lanes(isa))),
         };
@@ -172,7 +179,12 @@ impl Plan {
     fn bytes(&self, keys: usize) -> (usize, usize) {
         match self.kind {
             Kind::Vector => (4 * vector::k_elements(keys, self.d), 4 * vector::v_elements(keys, self.d)),
-            Kind::Bytes => (4 * bytes::k_words(keys, self.d), 4 * bytes::v_words(keys, self.d)),
+            Kind::Bytes => {
+                (4 * integers::k_words::<Bytes>(keys, self.d), 4 * integers::v_words::<Bytes>(keys, self.d))
+            }
+            Kind::Pairs => {
+                (4 * integers::k_words::<Pairs>(keys, self.d), 4 * integers::v_words::<Pairs>(keys, self.d))
+            }
             #[cfg(target_arch = "x86_64")]
             Kind::Amx => (2 * amx::k_elements(keys, self.d), 2 * amx::v_elements(keys, self.d)),
             #[cfg(target_arch = "x86_64")]
@@ -180,11 +192,11 @@ impl Plan {
         }
     }
 
-    /// Bytes of packed keys and values to work on at a time, about. Half of [`PACKED_BYTES`] for products of bytes, which then
+    /// Bytes of packed keys and values to work on at a time, about. Half of [`PACKED_BYTES`] for integer products, which then
     /// never want more than the others.
     fn packed_bytes(&self) -> usize {
         match self.kind {
-            Kind::Bytes => PACKED_BYTES / 2,
+            Kind::Bytes | Kind::Pairs => PACKED_BYTES / 2,
             #[cfg(target_arch = "x86_64")]
             Kind::AmxBytes => PACKED_BYTES / 2,
             _ => PACKED_BYTES,
@@ -194,7 +206,7 @@ impl Plan {
     /// Keys that a task packs.
     fn pack_keys(&self) -> usize {
         match self.kind {
-            Kind::Bytes => bytes::KEYS,
+            Kind::Bytes | Kind::Pairs => integers::KEYS,
             #[cfg(target_arch = "x86_64")]
             Kind::AmxBytes => amx_bytes::PACK_KEYS,
             _ => PACK_KEYS,
@@ -206,7 +218,12 @@ impl Plan {
         match self.kind {
             Kind::Vector => 4 * vector::scratch_elements(self.queries, self.d),
             Kind::Bytes => {
-                4 * bytes::scratch_elements(self.queries, self.d).max(bytes::pack_elements(self.d))
+                let block = integers::scratch_elements::<Bytes>(self.queries, self.d);
+                4 * block.max(integers::pack_elements::<Bytes>(self.d))
+            }
+            Kind::Pairs => {
+                let block = integers::scratch_elements::<Pairs>(self.queries, self.d);
+                4 * block.max(integers::pack_elements::<Pairs>(self.d))
             }
             #[cfg(target_arch = "x86_64")]
             Kind::Amx => amx::scratch_bytes(self.d),
@@ -275,16 +292,17 @@ pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &m
         let place = |i: usize| ((first + i) / heads, (first + i) % heads);
         let packed = &mut workspace[..bytes];
         let parts = Shared::new(packed);
-        workers.for_each(packs, |task, scratch| {
-            let key = task * pack_keys;
+        // The heads of a row lie side by side, so they are packed together, unless keys are too few to keep all threads busy.
+        let shares = if packs < workers.threads() { workers.threads().min(count) } else { 1 };
+        workers.for_each(packs * shares, |task, scratch| {
+            let (key, share) = (task / shares * pack_keys, task % shares);
             let (before, here) = (plan.bytes(key), plan.bytes(pack_keys.min(nk - key)));
-            // The heads of a row lie side by side, so they are packed together.
-            for i in 0..count {
+            for i in count * share / shares..count * (share + 1) / shares {
                 let (sequence, head) = place(i);
                 let start = sequence * nk * kv_stride + head * d;
                 let head = KvHead { k, v, start, stride: kv_stride, nk, d };
                 let at = i * plan.head_bytes;
-                // SAFETY: each task has its own keys of all heads.
+                // SAFETY: each task has its own keys of its own heads.
                 let to_k = unsafe { parts.slice(at + before.0, here.0) };
                 // SAFETY: as above; V lies behind all of K.
                 let to_v = unsafe { parts.slice(at + plan.k_bytes + before.1, here.1) };
@@ -296,7 +314,18 @@ pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &m
                     Kind::Bytes => {
                         let (k, v) = (cast_slice_mut(to_k), cast_slice_mut(to_v));
                         let scratch = cast_slice_mut(&mut *scratch);
-                        dispatch_dot(isa, bytes::Pack { head, first: key, k, v, scratch });
+                        dispatch_dot(
+                            isa,
+                            integers::Pack { codes: PhantomData::<Bytes>, head, first: key, k, v, scratch },
+                        );
+                    }
+                    Kind::Pairs => {
+                        let (k, v) = (cast_slice_mut(to_k), cast_slice_mut(to_v));
+                        let scratch = cast_slice_mut(&mut *scratch);
+                        dispatch_dot(
+                            isa,
+                            integers::Pack { codes: PhantomData::<Pairs>, head, first: key, k, v, scratch },
+                        );
                     }
                     #[cfg(target_arch = "x86_64")]
                     Kind::Amx => {
@@ -329,7 +358,17 @@ pub fn attention(workers: &Workers, isa: Isa, call: Attention<'_>, workspace: &m
                 }
                 Kind::Bytes => {
                     let (k, v, scratch) = (cast_slice(k), cast_slice(v), cast_slice_mut(scratch));
-                    dispatch_dot(isa, bytes::Block { head, first, k, v, scratch, out });
+                    dispatch_dot(
+                        isa,
+                        integers::Block { codes: PhantomData::<Bytes>, head, first, k, v, scratch, out },
+                    );
+                }
+                Kind::Pairs => {
+                    let (k, v, scratch) = (cast_slice(k), cast_slice(v), cast_slice_mut(scratch));
+                    dispatch_dot(
+                        isa,
+                        integers::Block { codes: PhantomData::<Pairs>, head, first, k, v, scratch, out },
+                    );
                 }
                 #[cfg(target_arch = "x86_64")]
                 Kind::Amx => {

@@ -13,9 +13,9 @@ use crate::view::Rows;
 
 use super::AttentionShape;
 use super::amx::{self, FLOOR, HEADROOM, load_row, pack_v};
-use super::bytes::{load_some, sample_mean};
 use super::fused::{Exponents, KEYS, Multiply, PRODUCTS, Raise, TILE_BYTES, Weigh, powers};
 use super::head::{KvHead, QueryHead, Write};
+use super::integers::{load_some, sample_mean};
 use super::powers::{ONE, UNIT};
 use super::tiles::{COLUMNS, ROWS, SUMS, TILE, Tiles, WIDTH};
 

@@ -27,7 +27,7 @@ pub(crate) struct Steps {
 }
 
 /// Compiles the steps for a tier: `steps!(#[target_feature(...)] NAME, token)`, where `token` is the tier's
-/// [`Simd`](crate::simd::Simd), made where the tier's features are.
+/// [`Simd`], made where the tier's features are.
 macro_rules! steps {
     ($(#[$attribute:meta])* $static_name:ident, $token:expr) => {
         pub(crate) static $static_name: $crate::gemm::steps::Steps = {

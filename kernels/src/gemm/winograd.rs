@@ -225,6 +225,7 @@ pub(super) fn run(
 impl Call<'_> {
     /// The patches of `lines`, columns of panel pairs `pairs`, at most [`TOGETHER`].
     fn run_patches(&self, buffers: &mut Buffers, layout: &Layout, lines: &[Line], pairs: Range<usize>) {
+        assert!(pairs.len() <= TOGETHER, "{} pairs of panels together", pairs.len());
         let shape = self.weight.shape;
         let tiles = shape.k_padded() / TILE_K;
         let rounding = Rounding::beside(self.weight.encoding);

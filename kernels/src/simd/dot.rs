@@ -35,6 +35,10 @@ pub trait Dot: Copy + Send + Sync + 'static {
     fn as_f32(self, v: Self::Words) -> <Self::Vectors as Simd>::F;
     /// Rounds to nearest even, and joins byte by byte numbers that round to 0 ..= 255.
     fn pack(self, x: [<Self::Vectors as Simd>::F; 4]) -> Self::Words;
+    /// Word by word `sum` plus the two products of the signed 16-bit numbers of `a` and of `b`.
+    fn dot_pairs(self, sum: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words;
+    /// Rounds to nearest even, and joins as 16-bit numbers those that round to -32768 ..= 32767; NaN and infinity become 0.
+    fn pack_pairs(self, x: [<Self::Vectors as Simd>::F; 2]) -> Self::Words;
     /// `MOST * 2^((x - top) * factor)` for `x` up to `top` and a positive `factor`, within 0.4 % and a fiftieth (16-bit lanes
     /// have no more), and then each four as [`Dot::pack`]; 0 where the power is far below 1. `top * factor` is rounded to 24
     /// bits. Eight at a time, step by step: a chain of dependent instructions for each is more than a processor looks ahead.
@@ -121,6 +125,31 @@ mod tests {
                 let columns: [_; 4] =
                     std::array::from_fn(|j| s.load(&a.iter().map(|a| a[j] as f32 + 0.4).collect::<Vec<_>>()));
                 assert_eq!(words(d.pack(columns)), join(&a));
+            }
+            for round in 0..500usize {
+                let pair = |i: usize| match (round + i) % 3 {
+                    0 => [-32_768i16, 32_767],
+                    1 => [-32_768, -32_768],
+                    _ => [(i * 7919 + round * 104_729) as i16, (i * 104_729 + round * 7919) as i16],
+                };
+                let a: Vec<[i16; 2]> = (0..n).map(|i| pair(i + 1)).collect();
+                let b: Vec<[i16; 2]> = (0..n).map(|i| pair(2 * i)).collect();
+                let join = |x: &[[i16; 2]]| -> Vec<u32> {
+                    x.iter().map(|x| u32::from(x[0] as u16) | u32::from(x[1] as u16) << 16).collect()
+                };
+                let want: Vec<u32> = (a.iter().zip(&b))
+                    .map(|(a, b)| (0..2).map(|j| i64::from(a[j]) * i64::from(b[j])).sum::<i64>() as u32)
+                    .map(|dot| dot.wrapping_add(round as u32).wrapping_sub(9))
+                    .collect();
+                let sum = d.splat((round as u32).wrapping_sub(9));
+                assert_eq!(words(d.dot_pairs(sum, d.load(&join(&a)), d.load(&join(&b)))), want);
+                let columns: [_; 2] = std::array::from_fn(|j| {
+                    s.load(&a.iter().map(|a| f32::from(a[j]) + 0.4).collect::<Vec<_>>())
+                });
+                assert_eq!(words(d.pack_pairs(columns)), join(&a));
+            }
+            for x in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                assert_eq!(words(d.pack_pairs([s.splat(x); 2])), vec![0; n], "{x}");
             }
             let numbers: Vec<u32> = (0..n as u32).map(|i| i.wrapping_sub(3).wrapping_mul(1 << 20)).collect();
             let want: Vec<f32> = numbers.iter().map(|&x| x as i32 as f32).collect();

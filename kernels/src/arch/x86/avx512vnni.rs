@@ -21,7 +21,7 @@ integer_lanes!(
 /// `_mm512_dpwssd_epi32`, which the compiler would make two instructions of, where many follow one another.
 #[target_feature(enable = "avx512f,avx512vnni")]
 #[inline]
-fn dpwssd(mut acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
+pub(crate) fn dpwssd(mut acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
     // SAFETY: of the function's features, on registers only.
     unsafe {
         asm!("vpdpwssd {acc}, {a}, {b}", acc = inout(zmm_reg) acc, a = in(zmm_reg) a, b = in(zmm_reg) b,

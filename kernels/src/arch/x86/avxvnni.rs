@@ -19,7 +19,7 @@ integer_lanes!(
 /// `_mm256_dpwssd_avx_epi32`, which the compiler would make two instructions of, where many follow one another.
 #[target_feature(enable = "avx2,avxvnni")]
 #[inline]
-fn dpwssd(mut acc: __m256i, a: __m256i, b: __m256i) -> __m256i {
+pub(crate) fn dpwssd(mut acc: __m256i, a: __m256i, b: __m256i) -> __m256i {
     // SAFETY: of the function's features, on registers only.
     unsafe {
         asm!("{{vex}} vpdpwssd {acc}, {a}, {b}", acc = inout(ymm_reg) acc, a = in(ymm_reg) a, b = in(ymm_reg) b,

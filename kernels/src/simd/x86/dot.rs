@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{Avx2, Avx512, has_avx2, has_avx512};
+use crate::arch::x86::{avx512vnni, avxvnni};
 use crate::math;
 use crate::simd::Simd;
 use crate::simd::dot::{Dot, DotOp};
@@ -141,6 +142,20 @@ impl<const VNNI: bool> Dot for Dot8<VNNI> {
         ]))
     }
     #[inline(always)]
+    fn dot_pairs(self, sum: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        if VNNI {
+            return tier!(avxvnni::dpwssd(sum, a, b));
+        }
+        tier!(_mm256_add_epi32(sum, _mm256_madd_epi16(a, b)))
+    }
+    #[inline(always)]
+    fn pack_pairs(self, [a, b]: [__m256; 2]) -> __m256i {
+        tier!({
+            let b = _mm256_slli_epi32::<16>(_mm256_cvtps_epi32(b));
+            _mm256_blend_epi16::<0xaa>(_mm256_cvtps_epi32(a), b)
+        })
+    }
+    #[inline(always)]
     fn powers(self, x: [__m256; 8], top: __m256, factor: __m256) -> [__m256i; 2] {
         const UNIT: f32 = 4096.0;
         // Of the exponent of `MOST`.
@@ -211,6 +226,19 @@ impl Dot for Dot16 {
             let ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
             let cd = _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
             self.order(_mm512_packus_epi16(ab, cd))
+        })
+    }
+    #[inline(always)]
+    fn dot_pairs(self, sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        tier!(avx512vnni::dpwssd(sum, a, b))
+    }
+    #[inline(always)]
+    fn pack_pairs(self, [a, b]: [__m512; 2]) -> __m512i {
+        tier!({
+            let high = _mm512_set1_epi32(0xffff_0000u32 as i32);
+            let b = _mm512_slli_epi32::<16>(_mm512_cvtps_epi32(b));
+            // b where `high`, else a
+            _mm512_ternarylogic_epi32::<0xca>(high, b, _mm512_cvtps_epi32(a))
         })
     }
     #[inline(always)]

@@ -1,11 +1,13 @@
-//! Attention in dot products of bytes on the vectors of the tiers that have them. As in `vector`, lanes are queries, and what
-//! belongs to keys is broadcast.
+//! Attention in integer products on the vectors of the tiers that are faster at them than at f32: of bytes, or of 16-bit
+//! numbers ([`Codes`]). As in `vector`, lanes are queries, and what belongs to keys is broadcast.
 //!
 //! Queries have a scale each. A block of keys has one scale, and the numbers of its values one per column, about the middle
 //! of the column. A vector that all keys have in common doesn't change the softmax, so what some keys have on the average is
-//! taken away from all. The weights of a block are bytes in proportion to the greatest of them, and it is the rounded
+//! taken away from all. The weights of a block are integers in proportion to the greatest of them, and it is the rounded
 //! ones that are added up; blocks are added up in f32.
 #![forbid(unsafe_code)]
+
+use std::marker::PhantomData;
 
 use bytemuck::{cast_slice, cast_slice_mut};
 
@@ -15,6 +17,7 @@ use crate::simd::{Element, MAX_LANES, Simd};
 use crate::view::Rows;
 
 use super::AttentionShape;
+use super::codes::Codes;
 use super::head::{KvHead, LEAST, QueryHead, Write, load_square};
 use super::softmax::Softmax;
 
@@ -22,7 +25,7 @@ use super::softmax::Softmax;
 pub(super) const KEYS: usize = 128;
 
 /// Keys of a tile of scores, and the multiple to which V's columns are padded.
-const PANEL: usize = 8;
+pub(super) const PANEL: usize = 8;
 
 /// Vectors of queries in a block.
 const NV: usize = 3;
@@ -30,47 +33,42 @@ const NV: usize = 3;
 /// Keys whose average stands for that of all.
 const SAMPLE: usize = 16;
 
-/// The score of 0: an integer added to its bits is added to the number, so that scores are summed up as i32 and read as f32.
-const ZERO: f32 = 12_582_912.0; // 1.5 * 2^23
-
-/// The greatest head: scores of `d * 128 * 127` stay below 2^22.
+/// The greatest head: sums of products fit into the 22 bits of scores of bytes, and into the 31 bits of others.
 pub(super) const MAX_D: usize = 256;
-
-/// Turns codes around 128 into signed bytes.
-const SIGNS: u32 = 0x8080_8080;
 
 /// Queries in a block on vectors of `lanes`.
 pub(super) const fn queries(lanes: usize) -> usize {
     NV * lanes
 }
 
-/// Groups of four columns.
-const fn quads(d: usize) -> usize {
-    d.div_ceil(4)
+/// Words of codes for so many columns or keys.
+const fn words<C: Codes>(n: usize) -> usize {
+    n.div_ceil(C::PER)
 }
 
-/// Words that pack a block of K: where scores begin `[KEYS]`, codes `[d / 4][KEYS]` of 4 bytes, the scale and 15 unused.
-const fn k_block(d: usize) -> usize {
-    KEYS * (quads(d) + 1) + 16
+/// Words that pack a block of K: where scores begin `[KEYS]`, codes `[words of d][KEYS]`, the scale and 15 unused.
+const fn k_block<C: Codes>(d: usize) -> usize {
+    KEYS * (words::<C>(d) + 1) + 16
 }
 
-/// Words that pack a block of V: scales `[d]`, middles `[d]`, codes `[KEYS / 4][d]` of 4 bytes; d padded to 8.
-const fn v_block(d: usize) -> usize {
-    (KEYS / 4 + 2) * d.next_multiple_of(PANEL)
+/// Words that pack a block of V: scales `[d]`, middles `[d]`, codes `[words of KEYS][d]`; d padded to 8.
+const fn v_block<C: Codes>(d: usize) -> usize {
+    (words::<C>(KEYS) + 2) * d.next_multiple_of(PANEL)
 }
 
 /// Words that pack K.
-pub(super) const fn k_words(keys: usize, d: usize) -> usize {
-    keys.div_ceil(KEYS) * k_block(d)
+pub(super) const fn k_words<C: Codes>(keys: usize, d: usize) -> usize {
+    keys.div_ceil(KEYS) * k_block::<C>(d)
 }
 
 /// Words that pack V.
-pub(super) const fn v_words(keys: usize, d: usize) -> usize {
-    keys.div_ceil(KEYS) * v_block(d)
+pub(super) const fn v_words<C: Codes>(keys: usize, d: usize) -> usize {
+    keys.div_ceil(KEYS) * v_block::<C>(d)
 }
 
 /// Packs a block of keys and values from `first` on.
-pub(super) struct Pack<'a> {
+pub(super) struct Pack<'a, C> {
+    pub(super) codes: PhantomData<C>,
     pub(super) head: KvHead<'a>,
     pub(super) first: usize,
     pub(super) k: &'a mut [u32],
@@ -80,21 +78,22 @@ pub(super) struct Pack<'a> {
 }
 
 /// f32 of scratch memory that a [`Pack`] wants.
-pub(super) const fn pack_elements(d: usize) -> usize {
-    d.next_multiple_of(MAX_LANES) + quads(d) * 4 * KEYS
+pub(super) const fn pack_elements<C: Codes>(d: usize) -> usize {
+    d.next_multiple_of(MAX_LANES) + words::<C>(d) * C::PER * KEYS
 }
 
-impl DotOp for Pack<'_> {
+impl<C: Codes> DotOp for Pack<'_, C> {
     #[inline(always)]
     fn run<D: Dot>(self, d: D) {
-        self.head.prefetch(d.vectors(), self.first, KEYS);
-        match self.head.k {
-            Rows::F32(k) => pack_k(d, &self.head, k, self.first, self.k, self.scratch),
-            Rows::Bf16(k) => pack_k(d, &self.head, k, self.first, self.k, self.scratch),
+        let Pack { codes: _, head, first, k: to_k, v: to_v, scratch } = self;
+        head.prefetch(d.vectors(), first, KEYS);
+        match head.k {
+            Rows::F32(k) => pack_k::<D, C, _>(d, &head, k, first, to_k, scratch),
+            Rows::Bf16(k) => pack_k::<D, C, _>(d, &head, k, first, to_k, scratch),
         }
-        match self.head.v {
-            Rows::F32(v) => pack_v(d, &self.head, v, self.first, self.v),
-            Rows::Bf16(v) => pack_v(d, &self.head, v, self.first, self.v),
+        match head.v {
+            Rows::F32(v) => pack_v::<D, C, _>(d, &head, v, first, to_v),
+            Rows::Bf16(v) => pack_v::<D, C, _>(d, &head, v, first, to_v),
         }
     }
 }
@@ -119,9 +118,9 @@ pub(super) fn sample_mean<S: Simd, T: Element>(s: S, head: &KvHead<'_>, x: &[T],
     }
 }
 
-/// Codes `x * factor + middle` of a vector of each of the four rows of `x`, `[4, n]`.
+/// Codes `x * factor + middle` of a vector of each of the rows of a word, `x`, `[C::PER, n]`.
 #[inline(always)]
-fn encode<D: Dot>(
+fn encode<D: Dot, C: Codes>(
     d: D,
     x: &[f32],
     n: usize,
@@ -130,15 +129,15 @@ fn encode<D: Dot>(
     middle: f32,
 ) -> D::Words {
     let s = d.vectors();
-    let mut four = [factor; 4];
-    for (code, x) in four.iter_mut().zip(x.chunks_exact(n)) {
+    let mut codes = [factor; 4];
+    for (code, x) in codes.iter_mut().zip(x.chunks_exact(n)) {
         *code = s.fma(s.load(&x[at..]), factor, s.splat(middle));
     }
-    d.pack(four)
+    C::pack(d, codes)
 }
 
 #[inline(always)]
-fn pack_k<D: Dot, T: Element>(
+fn pack_k<D: Dot, C: Codes, T: Element>(
     d: D,
     head: &KvHead<'_>,
     k: &[T],
@@ -148,9 +147,9 @@ fn pack_k<D: Dot, T: Element>(
 ) {
     let s = d.vectors();
     let lanes = D::Vectors::LANES;
-    let (keys, quads) = (KEYS.min(head.nk - first), quads(head.d));
+    let (keys, words) = (KEYS.min(head.nk - first), words::<C>(head.d));
     let (mean, rest) = scratch.split_at_mut(head.d.next_multiple_of(MAX_LANES));
-    let columns = &mut rest[..quads * 4 * KEYS]; // [d, KEYS]
+    let columns = &mut rest[..words * C::PER * KEYS]; // [d, KEYS]
     columns[head.d * KEYS..].fill(0.0);
     sample_mean(s, head, k, mean);
     let places: [f32; MAX_LANES] = std::array::from_fn(|i| i as f32);
@@ -173,16 +172,16 @@ fn pack_k<D: Dot, T: Element>(
             }
         }
     }
-    let most = s.max_lane(most).max(f32::MIN_POSITIVE);
+    let (most, reach) = (s.max_lane(most).max(f32::MIN_POSITIVE), C::key(head.d));
     let (start, rest) = out.split_at_mut(KEYS);
-    let (codes, scale) = rest.split_at_mut(quads * KEYS);
-    scale.fill((most / 127.0).to_bits());
-    let inverse = s.splat(127.0 / most);
-    for (out, columns) in codes.chunks_exact_mut(KEYS).zip(columns.chunks_exact(4 * KEYS)) {
+    let (codes, scale) = rest.split_at_mut(words * KEYS);
+    scale.fill((most / reach).to_bits());
+    let inverse = s.splat(reach / most);
+    for (out, columns) in codes.chunks_exact_mut(KEYS).zip(columns.chunks_exact(C::PER * KEYS)) {
         for i in (0..KEYS).step_by(lanes) {
-            d.store(encode(d, columns, KEYS, i, inverse, 128.0), &mut out[i..]);
+            d.store(encode::<D, C>(d, columns, KEYS, i, inverse, C::MIDDLE), &mut out[i..]);
         }
-        out.iter_mut().for_each(|word| *word ^= SIGNS);
+        out.iter_mut().for_each(|word| *word ^= C::SIGNS);
     }
     for i in (0..KEYS).step_by(lanes) {
         let mut sum = d.splat(0);
@@ -191,15 +190,13 @@ fn pack_k<D: Dot, T: Element>(
         }
         d.store(sum, &mut start[i..]);
     }
-    // Codes of queries are around the middle of the unsigned bytes.
-    let middle = u32::from(D::MOST / 2 + 1);
-    start.iter_mut().for_each(|sum| *sum = ZERO.to_bits().wrapping_sub(middle.wrapping_mul(*sum)));
+    start.iter_mut().for_each(|sum| *sum = C::start::<D>(*sum));
     // Their codes are zero, so this is their score.
-    start[keys..].fill(LEAST.to_bits());
+    start[keys..].fill(C::NO_KEY);
 }
 
 #[inline(always)]
-fn pack_v<D: Dot, T: Element>(d: D, head: &KvHead<'_>, v: &[T], first: usize, out: &mut [u32]) {
+fn pack_v<D: Dot, C: Codes, T: Element>(d: D, head: &KvHead<'_>, v: &[T], first: usize, out: &mut [u32]) {
     let s = d.vectors();
     let lanes = D::Vectors::LANES;
     let keys = KEYS.min(head.nk - first);
@@ -218,28 +215,29 @@ fn pack_v<D: Dot, T: Element>(d: D, head: &KvHead<'_>, v: &[T], first: usize, ou
         let half = s.splat(0.5);
         let middle = s.mul(s.add(low, high), half);
         let reach = s.max(s.mul(s.sub(high, low), half), s.splat(f32::MIN_POSITIVE));
-        let inverse = s.div(s.splat(127.0), reach);
+        let inverse = s.div(s.splat(C::VALUE), reach);
         let (mut x, mut words) = ([0.0; MAX_LANES], [0; MAX_LANES]);
-        s.store(s.mul(reach, s.splat(1.0 / 127.0)), &mut x);
+        s.store(s.mul(reach, s.splat(1.0 / C::VALUE)), &mut x);
         scales[c..][..padded].copy_from_slice(&cast_slice(&x)[..padded]);
         s.store(middle, &mut x);
         middles[c..][..padded].copy_from_slice(&cast_slice(&x)[..padded]);
         for (i, out) in codes.chunks_exact_mut(dv).enumerate() {
-            let mut four = [s.splat(128.0); 4];
-            for (key, code) in (4 * i..keys).zip(&mut four) {
+            let mut word = [s.splat(C::MIDDLE); 4];
+            for (key, code) in (C::PER * i..keys).zip(&mut word[..C::PER]) {
                 let x = s.sub(load_some(s, &rows[key * head.stride..], columns), middle);
                 *code = s.fma(x, inverse, *code);
             }
-            d.store(d.pack(four), &mut words);
+            d.store(C::pack(d, word), &mut words);
             for (out, word) in out[c..][..padded].iter_mut().zip(words) {
-                *out = word ^ SIGNS;
+                *out = word ^ C::SIGNS;
             }
         }
     }
 }
 
 /// Attention of one block of queries over all keys of a packed head, without a mask.
-pub(super) struct Block<'a, W> {
+pub(super) struct Block<'a, C, W> {
+    pub(super) codes: PhantomData<C>,
     pub(super) head: QueryHead<'a>,
     /// The block's first query.
     pub(super) first: usize,
@@ -250,11 +248,11 @@ pub(super) struct Block<'a, W> {
 }
 
 /// f32 of scratch memory that a [`Block`] of `n` queries wants.
-pub(super) const fn scratch_elements(n: usize, d: usize) -> usize {
-    (quads(d) + d.next_multiple_of(PANEL) + KEYS + KEYS / 4 + 5) * n
+pub(super) const fn scratch_elements<C: Codes>(n: usize, d: usize) -> usize {
+    (words::<C>(d) + d.next_multiple_of(PANEL) + KEYS + words::<C>(KEYS) + 5) * n
 }
 
-impl<W: Write> DotOp for Block<'_, W> {
+impl<C: Codes, W: Write> DotOp for Block<'_, C, W> {
     #[inline(always)]
     fn run<D: Dot>(self, d: D) {
         // A tile has as many rows as the registers hold sums of.
@@ -262,17 +260,17 @@ impl<W: Write> DotOp for Block<'_, W> {
     }
 }
 
-impl<W: Write> Block<'_, W> {
+impl<C: Codes, W: Write> Block<'_, C, W> {
     #[inline(always)]
     fn attend<D: Dot, const MR: usize>(mut self, d: D) {
         let s = d.vectors();
         let n = queries(D::Vectors::LANES);
         let AttentionShape { d: size, nk, .. } = self.head.shape;
         let dv = size.next_multiple_of(PANEL);
-        let (q, rest) = self.scratch.split_at_mut(quads(size) * n); // [d / 4, n]
+        let (q, rest) = self.scratch.split_at_mut(words::<C>(size) * n); // [words of d, n]
         let (acc, rest) = rest.split_at_mut(dv * n); // [dv, n]
         let (scores, rest) = rest.split_at_mut(KEYS * n); // [KEYS, n]
-        let (weights, rest) = rest.split_at_mut(KEYS / 4 * n); // [KEYS / 4, n]
+        let (weights, rest) = rest.split_at_mut(words::<C>(KEYS) * n); // [words of KEYS, n]
         let (most, rest) = rest.split_at_mut(n);
         let (sum, rest) = rest.split_at_mut(n);
         let (scale, rest) = rest.split_at_mut(n);
@@ -283,39 +281,42 @@ impl<W: Write> Block<'_, W> {
         self.head.prefetch_out(s, self.first, n, &self.out);
         self.head.load_transposed(s, self.first, n, acc);
         acc[size * n..].fill(0.0);
-        encode_queries(d, &acc[..quads(size) * 4 * n], self.head.scale * std::f32::consts::LOG2_E, q, scale);
+        let factor = self.head.scale * std::f32::consts::LOG2_E;
+        encode_queries::<D, C>(d, &acc[..words::<C>(size) * C::PER * n], factor, q, scale);
         let mut softmax = Softmax::new(most, sum, acc, n);
-        let blocks = self.k.chunks_exact(k_block(size)).zip(self.v.chunks_exact(v_block(size)));
+        let blocks = self.k.chunks_exact(k_block::<C>(size)).zip(self.v.chunks_exact(v_block::<C>(size)));
         for (first, (k, v)) in (0..nk).step_by(KEYS).zip(blocks) {
-            let keys = KEYS.min(nk - first).next_multiple_of(PANEL);
-            let k_scale = f32::from_bits(k[k_block(size) - 1]);
-            let scores = &mut scores[..keys * n];
-            multiply_keys::<D, MR>(d, k, q, scores, total);
+            let keys = KEYS.min(nk - first);
+            let padded = keys.next_multiple_of(PANEL);
+            let k_scale = f32::from_bits(k[k_block::<C>(size) - 1]);
+            let scores = &mut scores[..padded * n];
+            multiply_keys::<D, C, MR>(d, k, q, scores, total);
             for at in (0..n).step_by(D::Vectors::LANES) {
                 // Never 0: the score of what lies behind the last key has to stay far below.
                 let factor = s.max(s.mul(s.load(&scale[at..]), s.splat(k_scale)), s.splat(1e-20));
                 let highest = s.load(&total[at..]);
-                let level = s.mul(s.sub(highest, s.splat(ZERO)), factor);
+                let level = s.mul(s.sub(highest, s.splat(C::ZERO)), factor);
                 softmax.lift(s, level, at);
                 let factor_here = math::exp2(s, s.sub(level, s.load(&softmax.most[at..])));
-                let sum = weigh(d, scores, n, at, highest, factor, weights);
+                let sum = C::weigh(d, scores, keys, n, at, highest, factor, weights);
                 s.store(factor_here, &mut share[at..]);
                 let part = s.mul(sum, factor_here);
                 s.store(part, &mut total[at..]);
                 s.store(s.add(s.load(&softmax.sum[at..]), part), &mut softmax.sum[at..]);
             }
-            multiply_values::<D, MR>(d, v, dv, &weights[..keys / 4 * n], share, total, softmax.acc);
+            let weights = &weights[..words::<C>(padded) * n];
+            multiply_values::<D, C, MR>(d, v, dv, weights, share, total, softmax.acc);
         }
         self.head.finish(s, self.first, n, softmax.acc, softmax.sum, &mut self.out);
     }
 }
 
-/// Codes of queries `[4 * quads, n]`, whose scales times `factor` go to `scales`.
+/// Codes of queries `[d, n]`, filled up to whole words, whose scales times `factor` go to `scales`.
 #[inline(always)]
-fn encode_queries<D: Dot>(d: D, x: &[f32], factor: f32, out: &mut [u32], scales: &mut [f32]) {
+fn encode_queries<D: Dot, C: Codes>(d: D, x: &[f32], factor: f32, out: &mut [u32], scales: &mut [f32]) {
     let s = d.vectors();
     let n = scales.len();
-    let reach = f32::from(D::MOST / 2);
+    let [reach, middle] = C::queries::<D>();
     for at in (0..n).step_by(D::Vectors::LANES) {
         let mut most = s.splat(f32::MIN_POSITIVE);
         for row in x.chunks_exact(n) {
@@ -323,8 +324,8 @@ fn encode_queries<D: Dot>(d: D, x: &[f32], factor: f32, out: &mut [u32], scales:
         }
         s.store(s.mul(most, s.splat(factor / reach)), &mut scales[at..]);
         let inverse = s.div(s.splat(reach), most);
-        for (out, x) in out.chunks_exact_mut(n).zip(x.chunks_exact(4 * n)) {
-            d.store(encode(d, x, n, at, inverse, reach + 1.0), &mut out[at..]);
+        for (out, x) in out.chunks_exact_mut(n).zip(x.chunks_exact(C::PER * n)) {
+            d.store(encode::<D, C>(d, x, n, at, inverse, middle), &mut out[at..]);
         }
     }
 }
@@ -332,9 +333,9 @@ fn encode_queries<D: Dot>(d: D, x: &[f32], factor: f32, out: &mut [u32], scales:
 /// A tile of sums: rows by vectors of queries.
 type Tile<W, const MR: usize> = [[W; NV]; MR];
 
-/// `sums[i] += sum over j of a[j * step + i] . b[j]`, `b` being `[k][n]` words of unsigned bytes.
+/// `sums[i] += sum over j of a[j * step + i] . b[j]`, `b` being `[k][n]` words.
 #[inline(always)]
-fn multiply<D: Dot, const MR: usize>(
+fn multiply<D: Dot, C: Codes, const MR: usize>(
     d: D,
     a: &[u32],
     step: usize,
@@ -348,7 +349,7 @@ fn multiply<D: Dot, const MR: usize>(
         for i in 0..MR {
             let x = d.splat(a[i]);
             for v in 0..NV {
-                sums[i][v] = d.dot(sums[i][v], b[v], x);
+                sums[i][v] = C::dot(d, sums[i][v], b[v], x);
             }
         }
     }
@@ -357,7 +358,7 @@ fn multiply<D: Dot, const MR: usize>(
 
 /// Scores `[keys, n]` of a block of K, and the highest of each query.
 #[inline(always)]
-fn multiply_keys<D: Dot, const MR: usize>(
+fn multiply_keys<D: Dot, C: Codes, const MR: usize>(
     d: D,
     k: &[u32],
     q: &[u32],
@@ -372,11 +373,11 @@ fn multiply_keys<D: Dot, const MR: usize>(
         for i in 0..MR {
             start[i] = [d.splat(first[i]); NV];
         }
-        let sums = multiply::<D, MR>(d, codes, KEYS, q, start);
+        let sums = multiply::<D, C, MR>(d, codes, KEYS, q, start);
         for v in 0..NV {
             let mut most = s.load(&highest[v * lanes..]);
             for i in 0..MR {
-                let score = d.as_f32(sums[i][v]);
+                let score = C::score(d, sums[i][v]);
                 s.store(score, &mut scores[(i * NV + v) * lanes..]);
                 most = s.max(score, most);
             }
@@ -385,37 +386,10 @@ fn multiply_keys<D: Dot, const MR: usize>(
     }
 }
 
-/// Turns a vector of queries' scores, `[keys, n]`, into weights in proportion to that of the `highest`, and returns their
-/// sum.
-#[inline(always)]
-fn weigh<D: Dot>(
-    d: D,
-    scores: &[f32],
-    n: usize,
-    at: usize,
-    highest: <D::Vectors as Simd>::F,
-    factor: <D::Vectors as Simd>::F,
-    weights: &mut [u32],
-) -> <D::Vectors as Simd>::F {
-    let s = d.vectors();
-    let mut sum = d.splat(0);
-    for (scores, weights) in scores.chunks_exact(PANEL * n).zip(weights.chunks_exact_mut(PANEL / 4 * n)) {
-        let mut panel = [highest; PANEL];
-        for i in 0..PANEL {
-            panel[i] = s.load(&scores[i * n + at..]);
-        }
-        let [low, high] = d.powers(panel, highest, factor);
-        sum = d.dot(d.dot(sum, low, d.splat(0x0101_0101)), high, d.splat(0x0101_0101));
-        d.store(low, &mut weights[at..]);
-        d.store(high, &mut weights[n + at..]);
-    }
-    d.to_f32(sum)
-}
-
 /// Adds a block's weights times values to `acc`, `[dv, n]`: `share` is what a unit of the weights counts, `total` that
 /// times their sum.
 #[inline(always)]
-fn multiply_values<D: Dot, const MR: usize>(
+fn multiply_values<D: Dot, C: Codes, const MR: usize>(
     d: D,
     v: &[u32],
     dv: usize,
@@ -428,7 +402,7 @@ fn multiply_values<D: Dot, const MR: usize>(
     for (i, acc) in acc.chunks_exact_mut(MR * queries(lanes)).enumerate() {
         let (scales, middles) = (&v[i * MR..][..MR], &v[dv + i * MR..][..MR]);
         let codes = &v[2 * dv + i * MR..];
-        let sums = multiply::<D, MR>(d, codes, dv, weights, [[d.splat(0); NV]; MR]);
+        let sums = multiply::<D, C, MR>(d, codes, dv, weights, [[d.splat(0); NV]; MR]);
         for i in 0..MR {
             let (scale, middle) = (s.splat(f32::from_bits(scales[i])), s.splat(f32::from_bits(middles[i])));
             for v in 0..NV {
