@@ -179,12 +179,8 @@ impl Plan {
     fn bytes(&self, keys: usize) -> (usize, usize) {
         match self.kind {
             Kind::Vector => (4 * vector::k_elements(keys, self.d), 4 * vector::v_elements(keys, self.d)),
-            Kind::Bytes => {
-                (4 * integers::k_words::<Bytes>(keys, self.d), 4 * integers::v_words::<Bytes>(keys, self.d))
-            }
-            Kind::Pairs => {
-                (4 * integers::k_words::<Pairs>(keys, self.d), 4 * integers::v_words::<Pairs>(keys, self.d))
-            }
+            Kind::Bytes => integers::packed_bytes::<Bytes>(keys, self.d),
+            Kind::Pairs => integers::packed_bytes::<Pairs>(keys, self.d),
             #[cfg(target_arch = "x86_64")]
             Kind::Amx => (2 * amx::k_elements(keys, self.d), 2 * amx::v_elements(keys, self.d)),
             #[cfg(target_arch = "x86_64")]
@@ -217,14 +213,8 @@ impl Plan {
     fn scratch_bytes(&self) -> usize {
         match self.kind {
             Kind::Vector => 4 * vector::scratch_elements(self.queries, self.d),
-            Kind::Bytes => {
-                let block = integers::scratch_elements::<Bytes>(self.queries, self.d);
-                4 * block.max(integers::pack_elements::<Bytes>(self.d))
-            }
-            Kind::Pairs => {
-                let block = integers::scratch_elements::<Pairs>(self.queries, self.d);
-                4 * block.max(integers::pack_elements::<Pairs>(self.d))
-            }
+            Kind::Bytes => integers::scratch_bytes::<Bytes>(self.queries, self.d),
+            Kind::Pairs => integers::scratch_bytes::<Pairs>(self.queries, self.d),
             #[cfg(target_arch = "x86_64")]
             Kind::Amx => amx::scratch_bytes(self.d),
             #[cfg(target_arch = "x86_64")]

@@ -40,8 +40,8 @@ pub(super) trait Codes {
     fn pack<D: Dot>(d: D, x: [F<D>; 4]) -> D::Words;
     /// `sum` plus the products of `a`, of queries or weights, and `b`, of keys or values.
     fn dot<D: Dot>(d: D, sum: D::Words, a: D::Words, b: D::Words) -> D::Words;
-    /// What the sum of a key's products begins with, where `sum` is that of its words' signed bytes.
-    fn start<D: Dot>(sum: u32) -> u32;
+    /// What the sums of keys' products begin with, `[keys]`, where their codes are `[words][keys]`.
+    fn begin<D: Dot>(d: D, codes: &[u32], start: &mut [u32]);
     /// The score that a sum of products stands for.
     fn score<D: Dot>(d: D, sum: D::Words) -> F<D>;
     /// Turns a vector of queries' scores of `keys` keys, `[keys, n]` and filled up to whole panels, into weights in proportion
@@ -92,9 +92,20 @@ impl Codes for Bytes {
     }
 
     #[inline(always)]
-    fn start<D: Dot>(sum: u32) -> u32 {
+    fn begin<D: Dot>(d: D, codes: &[u32], start: &mut [u32]) {
+        let keys = start.len();
+        for i in (0..keys).step_by(D::Vectors::LANES) {
+            let mut sum = d.splat(0);
+            for codes in codes.chunks_exact(keys) {
+                sum = d.dot(sum, d.splat(0x0101_0101), d.load(&codes[i..]));
+            }
+            d.store(sum, &mut start[i..]);
+        }
+        // Codes of queries are around the middle of the unsigned bytes.
         let [_, middle] = Self::queries::<D>();
-        ZERO.to_bits().wrapping_sub((middle as u32).wrapping_mul(sum))
+        start
+            .iter_mut()
+            .for_each(|sum| *sum = ZERO.to_bits().wrapping_sub((middle as u32).wrapping_mul(*sum)));
     }
 
     #[inline(always)]
@@ -168,8 +179,8 @@ impl Codes for Pairs {
     }
 
     #[inline(always)]
-    fn start<D: Dot>(_: u32) -> u32 {
-        0
+    fn begin<D: Dot>(_: D, _: &[u32], start: &mut [u32]) {
+        start.fill(0);
     }
 
     #[inline(always)]

@@ -56,14 +56,15 @@ const fn v_block<C: Codes>(d: usize) -> usize {
     (words::<C>(KEYS) + 2) * d.next_multiple_of(PANEL)
 }
 
-/// Words that pack K.
-pub(super) const fn k_words<C: Codes>(keys: usize, d: usize) -> usize {
-    keys.div_ceil(KEYS) * k_block::<C>(d)
+/// Bytes that pack K and V of so many keys.
+pub(super) const fn packed_bytes<C: Codes>(keys: usize, d: usize) -> (usize, usize) {
+    let (blocks, word) = (keys.div_ceil(KEYS), size_of::<u32>());
+    (word * blocks * k_block::<C>(d), word * blocks * v_block::<C>(d))
 }
 
-/// Words that pack V.
-pub(super) const fn v_words<C: Codes>(keys: usize, d: usize) -> usize {
-    keys.div_ceil(KEYS) * v_block::<C>(d)
+/// Bytes of scratch memory that a [`Pack`] wants, and a [`Block`] of `n` queries.
+pub(super) fn scratch_bytes<C: Codes>(n: usize, d: usize) -> usize {
+    size_of::<f32>() * pack_elements::<C>(d).max(block_elements::<C>(n, d))
 }
 
 /// Packs a block of keys and values from `first` on.
@@ -78,7 +79,7 @@ pub(super) struct Pack<'a, C> {
 }
 
 /// f32 of scratch memory that a [`Pack`] wants.
-pub(super) const fn pack_elements<C: Codes>(d: usize) -> usize {
+const fn pack_elements<C: Codes>(d: usize) -> usize {
     d.next_multiple_of(MAX_LANES) + words::<C>(d) * C::PER * KEYS
 }
 
@@ -183,14 +184,7 @@ fn pack_k<D: Dot, C: Codes, T: Element>(
         }
         out.iter_mut().for_each(|word| *word ^= C::SIGNS);
     }
-    for i in (0..KEYS).step_by(lanes) {
-        let mut sum = d.splat(0);
-        for codes in codes.chunks_exact(KEYS) {
-            sum = d.dot(sum, d.splat(0x0101_0101), d.load(&codes[i..]));
-        }
-        d.store(sum, &mut start[i..]);
-    }
-    start.iter_mut().for_each(|sum| *sum = C::start::<D>(*sum));
+    C::begin(d, codes, start);
     // Their codes are zero, so this is their score.
     start[keys..].fill(C::NO_KEY);
 }
@@ -248,7 +242,7 @@ pub(super) struct Block<'a, C, W> {
 }
 
 /// f32 of scratch memory that a [`Block`] of `n` queries wants.
-pub(super) const fn scratch_elements<C: Codes>(n: usize, d: usize) -> usize {
+const fn block_elements<C: Codes>(n: usize, d: usize) -> usize {
     (words::<C>(d) + d.next_multiple_of(PANEL) + KEYS + words::<C>(KEYS) + 5) * n
 }
 
